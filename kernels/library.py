@@ -1,0 +1,83 @@
+"""Every op through what PyTorch ships (cuBLAS, cuDNN, FlashAttention-2, oneDNN): the CPU path, and the CUDA path
+wherever no kernel of ours was measured faster. Arguments were checked by :mod:`mhaffn.ops`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+
+FFN_CHUNK_BYTES = 1 << 30  # bound on each [M, F] intermediate: a long prompt goes through in row chunks
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return reference.rms_norm(total, weight, eps), total
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    rotated_q, rotated_k = reference.rope(q, k, cos, sin, interleaved=interleaved)
+    return rotated_q.contiguous(), rotated_k.contiguous()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, kv_lens: Tensor | None, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """``F.scaled_dot_product_attention``, with the causal mask aligned to the end and masked rows zeroed."""
+    b, t, hq, dim = q.shape
+    s, h = k.shape[1], k.shape[2]
+    if 0 in (b, t, s):
+        return q.new_zeros(q.shape)
+    if kv_lens is None and mask is None and t == 1:
+        # The heads of one group share their keys: as query rows of one head they are read once.
+        grouped = q.reshape(b, h, hq // h, dim)
+        out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+        return out.reshape(b, 1, hq, dim).contiguous()
+    square = causal and t == s and kv_lens is None and mask is None
+    allowed = None
+    if not square:
+        allowed = reference.attended(b, t, s, causal=causal, kv_lens=kv_lens, mask=mask, device=q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=allowed,
+        is_causal=square,
+        scale=scale,
+        enable_gqa=hq != h,
+    )
+    may_be_empty = kv_lens is not None or mask is not None or (causal and t > s)
+    if allowed is not None and may_be_empty:
+        out = out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    return out.transpose(1, 2).contiguous()
+
+
+def gated(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
+    """``silu(w1 x) * w3 x``: x [M, D], w1 and w3 [F, D] -> [M, F]."""
+    return F.silu(F.linear(x, w1), inplace=True).mul_(F.linear(x, w3))
+
+
+def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    chunk = max(1, FFN_CHUNK_BYTES // (w1.shape[0] * x.element_size()))
+    if rows.shape[0] <= chunk:
+        return F.linear(gated(rows, w1, w3), w2).view(x.shape)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for start in range(0, rows.shape[0], chunk):
+        part = slice(start, start + chunk)
+        torch.mm(gated(rows[part], w1, w3), w2.t(), out=out[part])
+    return out.view(x.shape)
+
+
+def default_scale(dim: int) -> float:
+    """The softmax scale where the caller gives none."""
+    return 1 / math.sqrt(dim)

@@ -1,0 +1,239 @@
+"""Fused operations of a Llama layer, as plain functions.
+
+======================= ==========================================================================
+:func:`rms_norm`        normalise and scale
+:func:`add_rms_norm`    the same, of a sum that is returned too
+:func:`rope`            rotate queries and keys by their positions
+:func:`attention`       softmax attention: causal, grouped heads, padding masks, ragged lengths
+:func:`ffn`             SwiGLU feed-forward
+======================= ==========================================================================
+
+Shapes: ``B`` batch, ``T`` query length, ``S`` key length, ``D`` model width, ``F`` FFN width, ``HQ``/``H`` query and
+key heads, ``K`` head dim. dtypes: bfloat16, float16, float32, the same for all tensors of a call unless said
+otherwise; sums are kept in float32. CPU and CUDA.
+
+Every function checks its arguments first and raises ``ValueError`` (what it got, what it expected). They are for
+inference: one raises ``RuntimeError`` when gradients are enabled and an input requires them.
+
+Each is a registered PyTorch operator (``torch.ops.mhaffn.*``) with a fake implementation, so ``torch.compile``,
+``torch.export`` and CUDA graphs take it whole. Which implementation runs is decided in ``kernels/select.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .kernels import select
+
+__all__ = ["add_rms_norm", "attention", "ffn", "rms_norm", "rope"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DEVICES = ("cpu", "cuda")
+HEAD_DIM_MAX = 256
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * (x / sqrt(mean(x²) + eps))`` over the last dimension.
+
+    x ``[..., D]``, weight ``[D]`` -> ``[..., D]``. Computed in float32, rounded to ``x.dtype``, then multiplied by the
+    weight: the rounding order of transformers' ``LlamaRMSNorm`` (RMSNorm: arXiv 1910.07467).
+    """
+    _check_inference("rms_norm", x, weight)
+    _check_tensors("rms_norm", x=x, weight=weight)
+    _check_norm("rms_norm", x, weight)
+    return cast(Tensor, torch.ops.mhaffn.rms_norm(x, weight, eps))
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``s = x + residual``; returns ``(rms_norm(s, weight, eps), s)``.
+
+    x and residual ``[..., D]``, weight ``[D]``. The sum is rounded to ``x.dtype`` before it is normalised.
+    """
+    _check_inference("add_rms_norm", x, residual, weight)
+    _check_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
+    _check_norm("add_rms_norm", x, weight)
+    _expect(residual.shape == x.shape, "add_rms_norm", "residual shape", tuple(residual.shape), tuple(x.shape))
+    return cast("tuple[Tensor, Tensor]", torch.ops.mhaffn.add_rms_norm(x, residual, weight, eps))
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding (arXiv 2104.09864) of queries and keys; returns new tensors.
+
+    q ``[B, T, HQ, K]``, k ``[B, T, H, K]``, unit last stride; cos and sin ``[B, T, K/2]``, ``[1, T, K/2]`` or
+    ``[T, K/2]``, float32: one angle a pair (scaling such as llama3's is in the angles). Pairs are ``(i, i + K/2)``
+    (half-split: Hugging Face checkpoints) or, with ``interleaved``, ``(2i, 2i + 1)`` (Meta checkpoints).
+    """
+    _check_inference("rope", q, k, cos, sin)
+    _check_tensors("rope", q=q, k=k)
+    _check_rope("rope", q, k, cos, sin)
+    return cast("tuple[Tensor, Tensor]", torch.ops.mhaffn.rope(q, k, cos, sin, interleaved))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    kv_lens: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """``softmax(scale * q kᵀ) v`` over the keys each query may see; a query that sees none gives zeros.
+
+    q ``[B, T, HQ, K]``, k and v ``[B, S, H, K]``, any strides with unit last stride -> ``[B, T, HQ, K]``, contiguous.
+    HQ is a multiple of H: query head ``h`` reads key head ``h // (HQ / H)``.
+
+    - ``causal``: aligned to the end, query ``t`` sees keys up to ``S - T + t``. That is the prompt (T = S), a chunk of
+      it after a cache (T < S), and a decoded token (T = 1).
+    - ``kv_lens`` ``[B]``, int32 or int64, on q's device: the keys that exist, of a cache that holds S. It takes S's
+      place above, per sequence. Values are read on the device and must lie in 0..S.
+    - ``mask``: bool, broadcastable to ``[B, 1 or HQ, T, S]``, True where a key may be seen; it further restricts.
+    - ``scale``: 1 / sqrt(K) where not given.
+    """
+    _check_inference("attention", q, k, v)
+    _check_tensors("attention", q=q, k=k, v=v)
+    _check_attention(q, k, v, kv_lens, mask)
+    return cast(Tensor, torch.ops.mhaffn.attention(q, k, v, causal, kv_lens, mask, scale))
+
+
+def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    """SwiGLU feed-forward (arXiv 2002.05202): ``w2 (silu(w1 x) * w3 x)``.
+
+    x ``[..., D]``, w1 (gate) and w3 (up) ``[F, D]``, w2 (down) ``[D, F]``, as ``nn.Linear`` stores them, contiguous;
+    they may be views into a larger buffer, at any 16-byte aligned offset on CUDA. -> ``[..., D]``, contiguous.
+    Intermediates are bounded: a long x goes through in chunks of rows.
+    """
+    _check_inference("ffn", x, w1, w3, w2)
+    _check_tensors("ffn", x=x, w1=w1, w3=w3, w2=w2)
+    _check_ffn(x, w1, w3, w2)
+    return cast(Tensor, torch.ops.mhaffn.ffn(x, w1, w3, w2))
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _expect(holds: bool, op: str, what: str, got: object, expected: object) -> None:
+    if not holds:
+        raise ValueError(f"{op}: {what}: got {got}, expected {expected}")
+
+
+def _check_inference(op: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"mhaffn.ops.{op} is for inference and has no backward: an input requires grad while gradients are "
+            "enabled. Call it under torch.no_grad() or torch.inference_mode(), or detach the input."
+        )
+
+
+def _check_tensors(op: str, **tensors: Tensor) -> None:
+    """One dtype, one device, unit last stride."""
+    (first_name, first), *_ = tensors.items()
+    _expect(first.dtype in DTYPES, op, f"{first_name} dtype", first.dtype, "bfloat16, float16 or float32")
+    _expect(first.device.type in DEVICES, op, f"{first_name} device", first.device, "cpu or cuda")
+    for name, t in tensors.items():
+        _expect(t.dtype == first.dtype, op, f"{name} dtype", t.dtype, f"{first.dtype}, that of {first_name}")
+        _expect(t.device == first.device, op, f"{name} device", t.device, f"{first.device}, that of {first_name}")
+        _expect(t.dim() > 0, op, f"{name} dimensions", 0, "at least 1")
+        unit = t.shape[-1] <= 1 or t.stride(-1) == 1
+        _expect(unit, op, f"{name} strides", t.stride(), "a last stride of 1")
+
+
+def _check_norm(op: str, x: Tensor, weight: Tensor) -> None:
+    _expect(weight.shape == x.shape[-1:], op, "weight shape", tuple(weight.shape), f"[D] = {tuple(x.shape[-1:])}")
+
+
+def _check_rope(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    _expect(q.dim() == 4, op, "q shape", tuple(q.shape), "[B, T, HQ, K]")
+    b, t, _, dim = q.shape
+    same = k.dim() == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == dim
+    _expect(same, op, "k shape", tuple(k.shape), f"[B, T, H, K] with B {b}, T {t}, K {dim}")
+    _expect(dim % 2 == 0, op, "head dim K", dim, "an even number")
+    for name, angle in (("cos", cos), ("sin", sin)):
+        _expect(angle.dtype == torch.float32, op, f"{name} dtype", angle.dtype, torch.float32)
+        _expect(angle.device == q.device, op, f"{name} device", angle.device, q.device)
+        fits = angle.dim() in (2, 3) and angle.shape[-2:] == (t, dim // 2)
+        fits = fits and (angle.dim() == 2 or angle.shape[0] in (1, b))
+        wanted = f"[{t}, {dim // 2}], [1, {t}, {dim // 2}] or [{b}, {t}, {dim // 2}] (half the head dim)"
+        _expect(fits, op, f"{name} shape", tuple(angle.shape), wanted)
+        _expect(angle.stride(-1) == 1 or dim == 2, op, f"{name} strides", angle.stride(), "a last stride of 1")
+    _expect(cos.shape == sin.shape, op, "sin shape", tuple(sin.shape), f"{tuple(cos.shape)}, that of cos")
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, mask: Tensor | None) -> None:
+    op = "attention"
+    _expect(q.dim() == 4, op, "q shape", tuple(q.shape), "[B, T, HQ, K]")
+    b, t, hq, dim = q.shape
+    same = k.dim() == 4 and k.shape[0] == b and k.shape[3] == dim
+    _expect(same, op, "k shape", tuple(k.shape), f"[B, S, H, K] with B {b}, K {dim}")
+    _expect(v.shape == k.shape, op, "v shape", tuple(v.shape), f"{tuple(k.shape)}, that of k")
+    s, h = k.shape[1], k.shape[2]
+    _expect(h > 0 and hq % h == 0, op, "query heads HQ", hq, f"a multiple of the key heads, {h}")
+    _expect(0 < dim <= HEAD_DIM_MAX, op, "head dim K", dim, f"1 to {HEAD_DIM_MAX}")
+    if kv_lens is not None:
+        _expect(kv_lens.shape == (b,), op, "kv_lens shape", tuple(kv_lens.shape), f"[B] = ({b},)")
+        integer = kv_lens.dtype in (torch.int32, torch.int64)
+        _expect(integer, op, "kv_lens dtype", kv_lens.dtype, "int32 or int64")
+        _expect(kv_lens.device == q.device, op, "kv_lens device", kv_lens.device, q.device)
+    if mask is not None:
+        _expect(mask.dtype == torch.bool, op, "mask dtype", mask.dtype, "bool, True where a key may be seen")
+        _expect(mask.device == q.device, op, "mask device", mask.device, q.device)
+        fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, (b, hq, t, s), strict=True))
+        _expect(fits, op, "mask shape", tuple(mask.shape), f"broadcastable to [B, 1 or HQ, T, S] = {(b, hq, t, s)}")
+
+
+def _check_ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
+    width = x.shape[-1]
+    _expect(w1.dim() == 2 and w1.shape[1] == width, "ffn", "w1 shape", tuple(w1.shape), f"[F, D] with D {width}")
+    _expect(w3.shape == w1.shape, "ffn", "w3 shape", tuple(w3.shape), f"{tuple(w1.shape)}, that of w1")
+    transposed = (w1.shape[1], w1.shape[0])
+    _expect(w2.shape == transposed, "ffn", "w2 shape", tuple(w2.shape), f"[D, F] = {transposed}")
+    for name, w in (("w1", w1), ("w3", w3), ("w2", w2)):
+        _expect(w.is_contiguous(), "ffn", f"{name} strides", w.stride(), "a contiguous matrix")
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+# torch.library.define + impl is what torch.library.custom_op builds on; without that wrapper a call costs 3 µs of
+# host time instead of 13, and a decoded token makes hundreds of calls.
+
+
+def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = "mhaffn::" + schema.partition("(")[0]
+    torch.library.define(name, schema[schema.index("(") :])
+    torch.library.impl(name, ("cpu", "cuda"), implementation)
+    torch.library.register_fake(name, fake)
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_register(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    select.rms_norm,
+    lambda x, weight, eps: _like(x),
+)
+_register(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    select.add_rms_norm,
+    lambda x, residual, weight, eps: (_like(x), _like(x)),
+)
+_register(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
+    select.rope,
+    lambda q, k, cos, sin, interleaved: (_like(q), _like(k)),
+)
+_register(
+    "attention(Tensor q, Tensor k, Tensor v, bool causal, Tensor? kv_lens, Tensor? mask, float? scale) -> Tensor",
+    select.attention,
+    lambda q, k, v, causal, kv_lens, mask, scale: _like(q),
+)
+_register(
+    "ffn(Tensor x, Tensor w1, Tensor w3, Tensor w2) -> Tensor",
+    select.ffn,
+    lambda x, w1, w3, w2: _like(x),
+)

@@ -1,0 +1,338 @@
+"""mhaffn.ops through its public surface: values against the float64 truth, arguments, registration."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mhaffn import ops
+from mhaffn.kernels import reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEADS = [(9, 3), (14, 2), (8, 8), (64, 8)]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    assert torch.isfinite(got).all()
+    return ((got.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
+
+
+def assert_as_good_as(got: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor) -> None:
+    """The error against the truth is at most twice that of the same-dtype PyTorch op, plus one unit of its rounding."""
+    assert got.shape == truth.shape
+    assert got.dtype == peer.dtype
+    assert relative_error(got, truth) <= 2 * relative_error(peer, truth) + torch.finfo(got.dtype).eps / 4
+
+
+def plain_attention(q, k, v, allowed):
+    groups = q.shape[2] // k.shape[2]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2).repeat_interleave(groups, 1),
+        v.transpose(1, 2).repeat_interleave(groups, 1),
+        attn_mask=allowed,
+    )
+    return out.transpose(1, 2)
+
+
+def angles(t: int, dim: int, *, batch: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    position = torch.arange(t, dtype=torch.float64)[:, None]
+    angle = position * 500000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if batch is not None:
+        angle = angle + torch.arange(batch)[:, None, None]
+    return angle.cos().float(), angle.sin().float()
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 576), (2, 63, 64), (127, 8), (0, 5, 32), (3, 1)])
+@pytest.mark.parametrize("magnitude", [1.0, 1e-4, 1e3])
+def test_rms_norm(dtype, shape, magnitude):
+    x = (torch.randn(shape) * magnitude).to(dtype)
+    weight = torch.rand(shape[-1]).to(dtype)
+    truth = reference.rms_norm(x.double(), weight.double(), 1e-5, compute=torch.float64)
+    peer = torch.nn.functional.rms_norm(x, (shape[-1],), weight, 1e-5)
+    got = ops.rms_norm(x, weight, 1e-5)
+    if x.numel():
+        # One more rounding than F.rms_norm, by definition (LlamaRMSNorm rounds before the weight multiplies).
+        assert relative_error(got, truth) <= 2 * relative_error(peer, truth) + torch.finfo(dtype).eps / 2
+    assert got.shape == x.shape and got.dtype == dtype
+
+
+def test_rms_norm_rounds_like_transformers():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(576, eps=1e-5).to(torch.bfloat16)
+    norm.weight.copy_(torch.rand(576))
+    x = torch.randn(3, 7, 576, dtype=torch.bfloat16)
+    assert torch.equal(ops.rms_norm(x, norm.weight, 1e-5), norm(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_is_the_norm_of_the_rounded_sum(dtype):
+    x, residual = torch.randn(2, 2, 5, 64).to(dtype)
+    weight = torch.rand(64).to(dtype)
+    normalised, total = ops.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normalised, ops.rms_norm(total, weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("batch", [None, 1, 2])
+def test_rope(dtype, interleaved, batch):
+    cos, sin = angles(63, 64, batch=batch)
+    q = torch.randn(2, 9, 63, 64).to(dtype).transpose(1, 2)  # Hugging Face hands over transposed heads
+    k = torch.randn(2, 63, 3, 64).to(dtype)
+    got = ops.rope(q, k, cos, sin, interleaved=interleaved)
+    truth = reference.rope(
+        q.double(), k.double(), cos.double(), sin.double(), interleaved=interleaved, compute=torch.float64
+    )
+    for mine, want in zip(got, truth, strict=True):
+        assert mine.is_contiguous()
+        assert relative_error(mine, want) <= torch.finfo(dtype).eps
+
+
+def test_rope_matches_transformers():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    cos, sin = angles(17, 64, batch=1)
+    q, k = torch.randn(1, 17, 9, 64), torch.randn(1, 17, 3, 64)
+    full = [torch.cat((t, t), -1) for t in (cos, sin)]
+    want = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *full)
+    for mine, theirs in zip(ops.rope(q, k, cos, sin), want, strict=True):
+        torch.testing.assert_close(mine, theirs.transpose(1, 2))
+
+
+def test_rope_interleaved_matches_the_complex_form():
+    cos, sin = angles(17, 64)
+    q, k = torch.randn(2, 17, 4, 64), torch.randn(2, 17, 2, 64)
+    turn = torch.complex(cos, sin)[None, :, None, :]
+    for mine, x in zip(ops.rope(q, k, cos, sin, interleaved=True), (q, k), strict=True):
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], 32, 2))
+        torch.testing.assert_close(mine, torch.view_as_real(pairs * turn).flatten(-2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(("t", "s"), [(1, 1), (1, 63), (5, 127), (63, 63), (127, 64)], ids=str)
+def test_attention_causal(dtype, heads, t, s):
+    hq, h = heads
+    q, k, v = (
+        torch.randn(2, t, hq, 64).to(dtype),
+        torch.randn(2, s, h, 64).to(dtype),
+        torch.randn(2, s, h, 64).to(dtype),
+    )
+    truth = reference.attention(q.double(), k.double(), v.double(), compute=torch.float64)
+    allowed = torch.ones(t, s, dtype=torch.bool).tril(s - t)
+    peer = plain_attention(q, k, v, allowed).nan_to_num(0.0)
+    assert_as_good_as(ops.attention(q, k, v), peer, truth)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_head_dims(dim, causal):
+    q, k, v = torch.randn(1, 33, 6, dim), torch.randn(1, 40, 2, dim), torch.randn(1, 40, 2, dim)
+    truth = reference.attention(q.double(), k.double(), v.double(), causal=causal, compute=torch.float64)
+    assert relative_error(ops.attention(q, k, v, causal=causal), truth) < 1e-6
+
+
+@pytest.mark.parametrize("t", [1, 4, 31])
+def test_attention_lengths_equal_cut_sequences(t):
+    q, k, v = torch.randn(3, t, 6, 64), torch.randn(3, 50, 2, 64), torch.randn(3, 50, 2, 64)
+    lens = torch.tensor([50, 33, 0], dtype=torch.int32)
+    k[1, 33:], v[1, 33:], k[2], v[2] = 9.0, 9.0, 9.0, 9.0
+    got = ops.attention(q, k, v, kv_lens=lens)
+    for i, n in enumerate(lens.tolist()[:2]):
+        alone = ops.attention(q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n])
+        torch.testing.assert_close(got[i : i + 1], alone)
+    assert torch.equal(got[2], torch.zeros_like(got[2]))
+
+
+def test_attention_left_padding():
+    q, k, v = torch.randn(2, 20, 6, 64), torch.randn(2, 20, 2, 64), torch.randn(2, 20, 2, 64)
+    mask = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    mask[1, ..., :7] = False
+    got = ops.attention(q, k, v, mask=mask)
+    torch.testing.assert_close(got[:1], ops.attention(q[:1], k[:1], v[:1]))
+    torch.testing.assert_close(got[1:, 7:], ops.attention(q[1:, 7:], k[1:, 7:], v[1:, 7:]))
+    assert torch.equal(got[1, :7], torch.zeros(7, 6, 64)), "a query that sees no key gives zeros"
+
+
+def test_attention_mask_of_each_head_and_scale():
+    q, k, v = torch.randn(2, 5, 6, 64), torch.randn(2, 9, 2, 64), torch.randn(2, 9, 2, 64)
+    mask = torch.rand(2, 6, 5, 9) > 0.4
+    truth = reference.attention(q, k, v, causal=False, mask=mask, scale=0.3, compute=torch.float64)
+    torch.testing.assert_close(ops.attention(q, k, v, causal=False, mask=mask, scale=0.3), truth)
+
+
+def test_attention_takes_strided_caches():
+    cache = torch.randn(2, 2, 64, 3, 64)  # K and V side by side, longer than what is used
+    k, v = cache.unbind(1)
+    q = torch.randn(2, 9, 8, 64).transpose(1, 2)
+    got = ops.attention(q, k[:, :40], v[:, :40])
+    torch.testing.assert_close(got, ops.attention(q.contiguous(), k[:, :40].contiguous(), v[:, :40].contiguous()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 7, 63])
+def test_ffn(dtype, m):
+    x = torch.randn(m, 96).to(dtype)
+    w1, w3, w2 = ((torch.randn(s) * 0.1).to(dtype) for s in ((160, 96), (160, 96), (96, 160)))
+    truth = reference.ffn(*(t.double() for t in (x, w1, w3, w2)), compute=torch.float64)
+    linear = torch.nn.functional.linear
+    peer = linear(torch.nn.functional.silu(linear(x, w1)) * linear(x, w3), w2)
+    assert_as_good_as(ops.ffn(x, w1, w3, w2), peer, truth)
+
+
+def test_ffn_takes_views_into_a_flat_buffer():
+    buffer = torch.randn(8 + 3 * 64 * 48) * 0.1  # float32 sums of unit size
+    w1, w3, w2 = (buffer[8 + i * 3072 : 8 + (i + 1) * 3072] for i in range(3))
+    w1, w3, w2 = w1.view(48, 64), w3.view(48, 64), w2.view(64, 48)
+    x = torch.randn(2, 3, 64)[:, ::2]
+    torch.testing.assert_close(ops.ffn(x, w1, w3, w2), reference.ffn(x, w1, w3, w2))
+
+
+def test_ffn_in_row_chunks_equals_the_whole(monkeypatch):
+    from mhaffn.kernels import library
+
+    x = torch.randn(37, 32)
+    w1, w3, w2 = (torch.randn(shape) * 0.1 for shape in ((48, 32), (48, 32), (32, 48)))
+    whole = ops.ffn(x, w1, w3, w2)
+    monkeypatch.setattr(library, "FFN_CHUNK_BYTES", 48 * 4 * 5)
+    torch.testing.assert_close(ops.ffn(x, w1, w3, w2), whole)
+
+
+def test_empty_batches():
+    q, k = torch.randn(0, 5, 6, 64), torch.randn(0, 9, 2, 64)
+    assert ops.attention(q, k, k).shape == q.shape
+    assert torch.equal(
+        ops.attention(torch.randn(2, 3, 6, 64), k.new_empty(2, 0, 2, 64), k.new_empty(2, 0, 2, 64)),
+        torch.zeros(2, 3, 6, 64),
+    )
+    assert ops.ffn(torch.randn(0, 32), torch.randn(48, 32), torch.randn(48, 32), torch.randn(32, 48)).shape == (0, 32)
+    cos, sin = angles(5, 64)
+    assert ops.rope(q, q, cos, sin)[0].shape == q.shape
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def randn(*shape, **kwargs):
+    return torch.randn(*shape, **kwargs)
+
+
+BAD = {
+    "norm weight": lambda: ops.rms_norm(randn(2, 8), randn(7), 1e-5),
+    "norm dtype": lambda: ops.rms_norm(randn(2, 8), randn(8).half(), 1e-5),
+    "norm float64": lambda: ops.rms_norm(randn(2, 8).double(), randn(8).double(), 1e-5),
+    "norm integer": lambda: ops.rms_norm(torch.ones(2, 8, dtype=torch.int32), randn(8), 1e-5),
+    "norm device": lambda: ops.rms_norm(randn(2, 8), randn(8, device="meta"), 1e-5),
+    "norm stride": lambda: ops.rms_norm(randn(8, 8).t(), randn(8), 1e-5),
+    "norm residual": lambda: ops.add_rms_norm(randn(2, 8), randn(1, 8), randn(8), 1e-5),
+    "rope full width": lambda: ops.rope(randn(1, 5, 2, 8), randn(1, 5, 2, 8), randn(5, 8), randn(5, 8)),
+    "rope angles dtype": lambda: ops.rope(randn(1, 5, 2, 8), randn(1, 5, 2, 8), randn(5, 4).half(), randn(5, 4).half()),
+    "rope odd": lambda: ops.rope(randn(1, 5, 2, 7), randn(1, 5, 2, 7), randn(5, 3), randn(5, 3)),
+    "rope k": lambda: ops.rope(randn(1, 5, 2, 8), randn(1, 6, 2, 8), randn(5, 4), randn(5, 4)),
+    "rope sin": lambda: ops.rope(randn(1, 5, 2, 8), randn(1, 5, 2, 8), randn(5, 4), randn(1, 5, 4)),
+    "attention heads": lambda: ops.attention(randn(1, 5, 5, 8), randn(1, 5, 2, 8), randn(1, 5, 2, 8)),
+    "attention dims": lambda: ops.attention(randn(5, 5, 8), randn(1, 5, 2, 8), randn(1, 5, 2, 8)),
+    "attention v": lambda: ops.attention(randn(1, 5, 2, 8), randn(1, 5, 2, 8), randn(1, 6, 2, 8)),
+    "attention dim": lambda: ops.attention(randn(1, 5, 2, 512), randn(1, 5, 2, 512), randn(1, 5, 2, 512)),
+    "attention batch": lambda: ops.attention(randn(2, 5, 2, 8), randn(1, 5, 2, 8), randn(1, 5, 2, 8)),
+    "lens shape": lambda: ops.attention(*[randn(2, 5, 2, 8)] * 3, kv_lens=torch.tensor([5])),
+    "lens float": lambda: ops.attention(*[randn(2, 5, 2, 8)] * 3, kv_lens=torch.tensor([5.0, 5.0])),
+    "mask float": lambda: ops.attention(*[randn(2, 5, 2, 8)] * 3, mask=randn(2, 1, 5, 5)),
+    "mask shape": lambda: ops.attention(*[randn(2, 5, 2, 8)] * 3, mask=torch.ones(2, 5, dtype=torch.bool)),
+    "ffn w1": lambda: ops.ffn(randn(2, 8), randn(16, 9), randn(16, 9), randn(8, 16)),
+    "ffn w3": lambda: ops.ffn(randn(2, 8), randn(16, 8), randn(15, 8), randn(8, 16)),
+    "ffn w2": lambda: ops.ffn(randn(2, 8), randn(16, 8), randn(16, 8), randn(16, 8)),
+    "ffn strides": lambda: ops.ffn(randn(2, 8), randn(16, 16)[:, :8], randn(16, 8), randn(8, 16)),
+}
+
+
+@pytest.mark.parametrize("call", BAD.values(), ids=BAD.keys())
+def test_bad_arguments_are_named(call):
+    with pytest.raises(ValueError, match=r"got .*, expected "):
+        call()
+
+
+def test_gradients_are_refused_and_parameters_are_fine():
+    weight = torch.nn.Parameter(torch.ones(8))
+    ops.rms_norm(torch.randn(2, 8), weight, 1e-5)
+    with torch.enable_grad():
+        ops.rms_norm(torch.randn(2, 8), weight.detach(), 1e-5)
+        with pytest.raises(RuntimeError, match="no backward"):
+            ops.rms_norm(torch.randn(2, 8), weight, 1e-5)
+        x = torch.randn(1, 5, 2, 8, requires_grad=True)
+        with pytest.raises(RuntimeError, match="no backward"):
+            ops.attention(x, x, x)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def cases(device: str = "cpu"):
+    """One call of each op, as (operator, arguments)."""
+    q, k = torch.randn(2, 7, 6, 64, device=device), torch.randn(2, 9, 2, 64, device=device)
+    cos, sin = (t.to(device) for t in angles(7, 64))
+    w = torch.randn(3, 48, 32, device=device)
+    lens, mask = torch.tensor([9, 4], device=device), torch.rand(2, 1, 7, 9, device=device) > 0.3
+    namespace = torch.ops.mhaffn
+    return {
+        "rms_norm": (namespace.rms_norm, (torch.randn(3, 32, device=device), torch.rand(32, device=device), 1e-5)),
+        "add_rms_norm": (
+            namespace.add_rms_norm,
+            (*torch.randn(2, 3, 32, device=device), torch.rand(32, device=device), 1e-5),
+        ),
+        "rope": (namespace.rope, (q, q[:, :, :2], cos, sin, False)),
+        "rope interleaved": (namespace.rope, (q, q[:, :, :2], cos, sin, True)),
+        "attention": (namespace.attention, (q, k, k, True, None, None, None)),
+        "attention masked": (namespace.attention, (q, k, k, True, lens, mask, 0.2)),
+        "ffn": (namespace.ffn, (torch.randn(3, 32, device=device), w[0], w[1], w[2].t().contiguous())),
+    }
+
+
+@pytest.mark.parametrize("name", cases().keys())
+def test_opcheck(name):
+    operator, arguments = cases()[name]
+    torch.library.opcheck(operator.default, arguments)
+
+
+def test_compiles_as_one_graph():
+    def layer(x, weight, q, k, cos, sin, w):
+        x, _ = ops.add_rms_norm(ops.rms_norm(x, weight, 1e-5), x, weight, 1e-5)
+        q, k = ops.rope(q, k, cos, sin)
+        return ops.ffn(x, w[0], w[1], w[2]), ops.attention(q, k, k)
+
+    cos, sin = angles(7, 64)
+    w = [torch.randn(48, 32), torch.randn(48, 32), torch.randn(32, 48)]
+    arguments = (torch.randn(3, 32), torch.rand(32), torch.randn(2, 7, 6, 64), torch.randn(2, 7, 2, 64), cos, sin, w)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for mine, want in zip(compiled(*arguments), layer(*arguments), strict=True):
+        assert torch.equal(mine, want)
+
+
+def test_same_result_twice():
+    for operator, arguments in cases().values():
+        first, second = operator(*arguments), operator(*arguments)
+        first, second = (r if isinstance(r, tuple | list) else (r,) for r in (first, second))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_import_is_light():
+    code = "import sys, mhaffn.ops; print([m for m in ('cupy', 'transformers', 'mhaffn.cli') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
