@@ -1,0 +1,66 @@
+# make demo: stream a real Llama from disk.   make test: the suite that needs no GPU.
+# Both set up all they need in .venv; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+NATIVE_SOURCES := $(wildcard csrc/*)
+
+.PHONY: help demo test test-full check bench soak clean install system csrc-test csrc-sanitize
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: install ## pack SmolLM2 and stream it from disk, none of its layers resident
+	$(BIN)/mhaffn demo
+
+test: install csrc-test ## everything that needs no GPU, in minutes
+	$(BIN)/python -m pytest
+
+test-full: install csrc-test csrc-sanitize ## long matrices, sanitizers and soaks too
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: install ## ruff, mypy, clang-format
+	$(PIP) install -q -e '.[check]' -c constraints.txt
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/csrc/*.h tests/csrc/*.cpp
+
+bench: install ## pytest-benchmark on this machine
+	$(BIN)/python -m pytest bench -m "not gpu" --benchmark-only
+
+csrc-test: install
+	$(MAKE) -C tests/csrc test
+
+csrc-sanitize: install
+	$(MAKE) -C tests/csrc asan tsan
+
+install: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt $(NATIVE_SOURCES) | system
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) install -v -e '.[test,bench,demo]' -c constraints.txt > $(VENV)/install.log 2>&1 || (tail -40 $(VENV)/install.log; false)
+	@grep -h '^ *mhaffn: building' $(VENV)/install.log
+	@touch $@
+
+# Headers and venv support come through apt when root; otherwise the one command is shown, and what can do
+# without goes on (without liburing: the preadv engine alone).
+system:
+	@missing=""; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' \
+	  || missing="$$missing python3-dev"; \
+	echo '#include <liburing.h>' | $${CXX:-c++} -E -x c++ - >/dev/null 2>&1 || missing="$$missing liburing-dev"; \
+	if [ -z "$$missing" ] || [ -e $(READY) ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing$$missing"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \
+	else echo "missing:$$missing. As root: apt-get install$$missing"; \
+	  case "$$missing" in *python3*) exit 1;; *) echo "going on without io_uring";; esac; fi
+
+clean: ## remove what installs and builds made
+	rm -rf $(VENV) build dist *.egg-info mhaffn/*.so

@@ -1,0 +1,204 @@
+"""Where each sublayer's weights live between uses: a pure decision, made once, before any memory is taken.
+
+Access is cyclic and known, so placement is static. The GPU's budget is filled first, then DRAM's, and what
+is left stays on SSD, spread evenly over the pass so that the SSD never idles while others compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mhaffn.config import ModelConfig, Sublayer, format_bytes, order
+from mhaffn.errors import BudgetError
+
+Tier = Literal["gpu", "dram", "ssd"]
+TIERS: tuple[Tier, ...] = ("gpu", "dram", "ssd")
+PAGE = 4096
+DEVICE_ALIGN = 256
+STAGING_BYTES = 64 << 20
+PREFETCH = 2
+LIBRARY_BYTES = 512 << 20
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run must have room for: ``tokens`` a pass at most, ``context`` positions in the KV cache."""
+
+    tokens: int = 2048
+    context: int = 4096
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tier of every sublayer, and the memory that follows from it (bytes).
+
+    ``staging_bytes`` is the ring in host memory that SSD reads land in; ``slot_bytes`` the ring on the
+    device that streamed sublayers are copied into (0 where the device computes from host memory);
+    ``fixed_bytes`` is what the device holds besides: embedding, head, KV cache, activations.
+    """
+
+    tiers: Mapping[Sublayer, Tier]
+    prefetch: int
+    staging_bytes: int
+    slot_bytes: int
+    gpu_tier_bytes: int
+    dram_tier_bytes: int
+    fixed_bytes: int
+
+    @property
+    def gpu_bytes(self) -> int:
+        """All device memory the plan uses."""
+        return self.fixed_bytes + self.gpu_tier_bytes + self.slot_bytes
+
+    @property
+    def dram_bytes(self) -> int:
+        """All pinned host memory the plan uses."""
+        return self.staging_bytes + self.dram_tier_bytes
+
+    def streamed(self, tier: Tier | None = None) -> list[Sublayer]:
+        """Sublayers off the device, in pass order; of one tier if given."""
+        return [s for s, t in self.tiers.items() if t != "gpu" and tier in (None, t)]
+
+    def count(self, tier: Tier) -> int:
+        return sum(1 for placed in self.tiers.values() if placed == tier)
+
+    def describe(self) -> str:
+        """One line for people."""
+        places = ", ".join(f"{self.count(tier)} on {tier.upper()}" for tier in TIERS if self.count(tier))
+        return (
+            f"{len(self.tiers)} sublayers: {places}; prefetch {self.prefetch} ahead; "
+            f"device {format_bytes(self.gpu_bytes)}, host {format_bytes(self.dram_bytes)}"
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of each sublayer: its weights alone, and at most what they take as an image in memory."""
+
+    config: ModelConfig
+    dtype: str
+
+    def weights(self, sublayer: Sublayer) -> int:
+        return sum(self._tensors(sublayer))
+
+    def image(self, sublayer: Sublayer) -> int:
+        """An upper bound of host and device images: every tensor by its aligned cover."""
+        return sum(nbytes // PAGE * PAGE + 2 * PAGE for nbytes in self._tensors(sublayer))
+
+    def resident(self) -> int:
+        return sum(self._nbytes(shape) for shape in self.config.resident_shapes().values())
+
+    def kv_cache(self, work: Workload) -> int:
+        c = self.config
+        per_position = 2 * c.num_kv_heads * c.head_dim * ITEMSIZE[self.dtype]
+        return work.batch * work.context * c.num_layers * per_position
+
+    def activations(self, work: Workload) -> int:
+        """A bound of what one pass holds at once: hidden states, q/k/v, gate and up, one row of logits."""
+        c = self.config
+        widths = 6 * c.hidden_size + 3 * c.intermediate_size + 4 * c.num_heads * c.head_dim
+        return work.batch * (work.tokens * widths * ITEMSIZE[self.dtype] + c.vocab_size * 4 * 4)
+
+    def _tensors(self, sublayer: Sublayer) -> list[int]:
+        return [self._nbytes(shape) for shape in self.config.sublayer_shapes(sublayer.kind).values()]
+
+    def _nbytes(self, shape: Iterable[int]) -> int:
+        nbytes = ITEMSIZE[self.dtype]
+        for n in shape:
+            nbytes *= n
+        return nbytes
+
+
+def make_plan(
+    config: ModelConfig,
+    dtype: str,
+    *,
+    gpu: int | None = None,
+    dram: int | None = None,
+    copies: bool,
+    work: Workload | None = None,
+    tiers: Mapping[Sublayer, Tier] | None = None,
+    prefetch: int = PREFETCH,
+) -> Plan:
+    """Decides the tiers within the budgets ``gpu`` and ``dram`` (bytes; None: everything streams from SSD).
+
+    ``copies`` says whether the device has memory of its own, so that streamed sublayers are copied to
+    it; without, there is no GPU tier, and ``gpu`` must be None. ``tiers`` fixes the placement instead.
+
+    Raises :class:`BudgetError`, naming the minimum, when a budget cannot hold what must be there.
+    """
+    work = work or Workload()
+    sizes = Sizes(config, dtype)
+    sublayers = list(order(config.num_layers))
+    fixed = sizes.resident() + sizes.kv_cache(work) + sizes.activations(work) + (LIBRARY_BYTES if copies else 0)
+    images = {sublayer: sizes.image(sublayer) for sublayer in sublayers}
+    ring = _ring_bytes(list(images.values()), prefetch)
+    least = _ring_bytes(list(images.values()), 1)
+    if dram is not None and dram < ring:
+        ring = least
+    placed = dict(tiers) if tiers is not None else _place(images, gpu, dram, fixed, ring, least, copies)
+    on = {tier: [s for s in sublayers if placed[s] == tier] for tier in TIERS}
+    staging = ring if on["ssd"] else 0
+    slots = least if copies and (on["ssd"] or on["dram"]) else 0
+    plan = Plan(
+        tiers={s: placed[s] for s in sublayers},
+        prefetch=prefetch if ring > least else 1,
+        staging_bytes=staging,
+        slot_bytes=slots,
+        gpu_tier_bytes=sum(images[s] for s in on["gpu"]),
+        dram_tier_bytes=sum(images[s] for s in on["dram"]),
+        fixed_bytes=fixed,
+    )
+    _check("--gpu", gpu if copies else None, plan.gpu_bytes, fixed + slots)
+    _check("--dram", dram, plan.dram_bytes, staging)
+    return plan
+
+
+def _place(
+    images: Mapping[Sublayer, int], gpu: int | None, dram: int | None, fixed: int, ring: int, slots: int, copies: bool
+) -> dict[Sublayer, Tier]:
+    everything = sum(images.values())
+    gpu_room = (gpu or 0) - fixed if copies else 0
+    if gpu_room < everything:
+        gpu_room -= slots
+    dram_room = (dram or 0) - (0 if (dram or 0) >= everything - max(gpu_room, 0) else ring)
+    placed: dict[Sublayer, Tier] = {}
+    for sublayer in _spread(list(images)):
+        nbytes = images[sublayer]
+        if nbytes <= gpu_room:
+            placed[sublayer], gpu_room = "gpu", gpu_room - nbytes
+        elif nbytes <= dram_room:
+            placed[sublayer], dram_room = "dram", dram_room - nbytes
+        else:
+            placed[sublayer] = "ssd"
+    return placed
+
+
+def _spread(sublayers: list[Sublayer]) -> list[Sublayer]:
+    """The sublayers in golden-ratio order: every prefix, and what it leaves, is spread over the pass."""
+    golden = (5**0.5 - 1) / 2
+    return sorted(sublayers, key=lambda s: sublayers.index(s) * golden % 1.0)
+
+
+def _ring_bytes(images: list[int], prefetch: int) -> int:
+    """A ring that holds the sublayer in use and ``prefetch`` more, wherever the cycle stands.
+
+    One image more pays for the end of the ring, where the next image may not fit. Small models get at
+    least :data:`STAGING_BYTES` when they prefetch, so that the SSD sees a deep queue.
+    """
+    n = len(images)
+    window = max(sum(images[(i + j) % n] for j in range(prefetch + 1)) for i in range(n))
+    need = window + max(images)
+    return need if prefetch == 1 else max(need, min(STAGING_BYTES, sum(images) + max(images)))
+
+
+def _check(option: str, budget: int | None, need: int, least: int) -> None:
+    if budget is not None and need > budget:
+        raise BudgetError(
+            f"{option} {format_bytes(budget)} is too small: this model needs at least {format_bytes(max(least, 1))} "
+            f"there ({least} bytes). Raise it, or ask for a shorter context."
+        )

@@ -1,0 +1,38 @@
+"""From what a user calls a model to the folder that holds it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mhaffn.errors import StoreError
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder of ``model``: a path, or a hub id (``org/name``) found in the local cache.
+
+    Nothing is downloaded. Raises :class:`StoreError` with what to do when there is no such folder.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        problem = "is a GGUF file: make a store of it first" if path.is_file() else "does not exist"
+        raise StoreError(f"{path} {problem} (mhaffn pack {path} DST, then mhaffn run DST)")
+    name = os.fspath(model)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise StoreError(f"{path} is no model folder. Give a folder with config.json, or a hub id such as org/name.")
+    return _cached(name)
+
+
+def _cached(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise StoreError(
+            f"{repo_id} is neither a folder nor a model in the local hub cache. "
+            f"Fetch it with: hf download {repo_id}"
+        ) from None

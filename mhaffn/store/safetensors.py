@@ -1,0 +1,154 @@
+"""The headers of safetensors files, read as hostile bytes.
+
+A file is ``u64 n | n bytes of JSON | tensor bytes``; the JSON maps a name to
+``{"dtype", "shape", "data_offsets": [begin, end]}``, offsets counted from the end of the header.
+Only headers are parsed here: tensor bytes are moved by :mod:`mhaffn.reader`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhaffn.errors import CorruptFileError, StoreError, TruncatedFileError
+
+HEADER_BYTES_MAX = 100_000_000
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor's bytes lie: ``nbytes`` from ``offset`` (both in bytes, from the start of ``path``)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """A checked header: tensors in file order, and the file's free-form metadata."""
+
+    tensors: tuple[TensorInfo, ...]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | Path) -> FileHeader:
+    """Reads and checks the header of one safetensors file.
+
+    Raises :class:`StoreError` when it cannot be opened, :class:`CorruptFileError` when it contradicts
+    itself, :class:`TruncatedFileError` when tensors lie beyond the end of the file.
+    """
+    path = os.fspath(path)
+    try:
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return _parse(path, size, _header_bytes(file, path, size))
+    except FileNotFoundError:
+        raise StoreError(f"{path} does not exist. Fetch the missing file, or download the model again.") from None
+    except TruncatedFileError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _header_bytes(file: Any, path: str, size: int) -> bytes:
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise CorruptFileError(f"{path}: got a file of {size} bytes, expected a safetensors header of at least 8")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(HEADER_BYTES_MAX, size - 8):
+        raise CorruptFileError(
+            f"{path}: the header claims {length} bytes, but the file has {size} and the format's limit is "
+            f"{HEADER_BYTES_MAX}. It is no safetensors file, or is damaged: fetch it again."
+        )
+    header: bytes = file.read(length)
+    return header
+
+
+def _parse(path: str, size: int, header: bytes) -> FileHeader:
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: the header is not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(entries, dict):
+        raise CorruptFileError(f"{path}: the header is a JSON {type(entries).__name__}, expected an object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptFileError(f"{path}: __metadata__ is {metadata!r:.80}, expected an object of strings")
+    start = 8 + len(header)
+    tensors = sorted(
+        (_tensor(path, start, name, entry) for name, entry in entries.items()), key=lambda t: (t.offset, t.nbytes)
+    )
+    end = start
+    for tensor in tensors:
+        if tensor.offset < end:
+            raise CorruptFileError(f"{path}: tensor {tensor.name!r} overlaps the one before it, at byte {tensor.offset}")
+        end = tensor.offset + tensor.nbytes
+    if end > size:
+        raise TruncatedFileError(
+            f"{path} is truncated: got {size} bytes, expected {end}. Fetch the file again.",
+            op="open", path=path, offset=size, length=end - size,
+        )  # fmt: skip
+    return FileHeader(tuple(tensors), metadata)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return entries
+
+
+def _tensor(path: str, start: int, name: str, entry: Any) -> TensorInfo:
+    def corrupt(what: str) -> CorruptFileError:
+        return CorruptFileError(f"{path}: tensor {name!r}: {what}")
+
+    if not isinstance(entry, dict):
+        raise corrupt(f"got {entry!r:.80}, expected an object with dtype, shape and data_offsets")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise corrupt(f"got dtype {dtype!r:.40}, expected one of {', '.join(DTYPE_BITS)}")
+    if not _whole_numbers(shape):
+        raise corrupt(f"got shape {shape!r:.80}, expected a list of whole numbers")
+    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise corrupt(f"got data_offsets {offsets!r:.80}, expected [begin, end]")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    length = offsets[1] - offsets[0]
+    if bits % 8 or bits // 8 != length:
+        raise corrupt(f"{dtype} of shape {shape} takes {bits / 8:g} bytes, but data_offsets span {length}")
+    return TensorInfo(name, dtype, tuple(shape), path, start + offsets[0], length)
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value
+    )
+
+
+def write_header(tensors: dict[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str], align: int) -> bytes:
+    """The bytes before the data of a file whose tensors follow one another in the order given.
+
+    ``tensors`` maps a name to (dtype, shape, bytes). Spaces pad the JSON, as the format allows, until
+    the first tensor starts at a multiple of ``align``.
+    """
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % align)
+    return struct.pack("<Q", len(header)) + header
