@@ -1,0 +1,171 @@
+"""Where compute runs, as the stream sees it: copies in, events, and the clock of each lane."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Any, Protocol
+
+import torch
+
+from mhaffn.config import Sublayer
+from mhaffn.errors import ConfigError
+from mhaffn.trace import LANES, Lane, Trace
+
+
+class Event(Protocol):
+    """A point in the order of work on a device."""
+
+    def synchronize(self) -> None: ...
+
+
+class Device(Protocol):
+    """``copies`` is False where compute reads host memory itself; then nothing is copied or waited for."""
+
+    torch_device: torch.device
+    copies: bool
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queues a copy from pinned host memory on the copy stream."""
+
+    def copy_after(self, event: Event | None) -> None:
+        """Copies queued from now on run after ``event``."""
+
+    def mark_copy(self) -> Event:
+        """The point after all copies queued so far."""
+
+    def mark_compute(self) -> Event:
+        """The point after all work queued so far on the caller's compute stream."""
+
+    def compute_after(self, event: Event) -> None:
+        """Work queued from now on on the caller's compute stream runs after ``event``."""
+
+    def span(self, lane: Lane, sublayer: Sublayer, start: Event, end: Event, nbytes: int = 0) -> None:
+        """Reports the time between two marks to the trace, once both have passed."""
+
+    def settle(self) -> None:
+        """Waits for the copy stream and the compute stream; reports what is left."""
+
+
+class HostMark:
+    """On the host work is done when it returns: a mark is the time it was made."""
+
+    def __init__(self) -> None:
+        self.time_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+
+class HostDevice:
+    """The CPU: computes from the memory that reads land in."""
+
+    torch_device = torch.device("cpu")
+    copies = False
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def copy_after(self, event: Event | None) -> None:
+        pass
+
+    def mark_copy(self) -> HostMark:
+        return HostMark()
+
+    def mark_compute(self) -> HostMark:
+        return HostMark()
+
+    def compute_after(self, event: Event) -> None:
+        pass
+
+    def span(self, lane: Lane, sublayer: Sublayer, start: Any, end: Any, nbytes: int = 0) -> None:
+        self._trace.add(lane, sublayer, start.time_s, end.time_s, nbytes)
+
+    def settle(self) -> None:
+        pass
+
+
+class CudaDevice:
+    """A CUDA GPU: one copy stream of its own, the caller's current stream for compute, events between."""
+
+    copies = True
+
+    def __init__(self, device: torch.device, trace: Trace) -> None:
+        self.torch_device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._trace = trace
+        self._stream = torch.cuda.Stream(self.torch_device)
+        self._pending: dict[Lane, deque[tuple[Sublayer, torch.cuda.Event, torch.cuda.Event, int]]] = {
+            lane: deque() for lane in LANES
+        }
+        self._lock = threading.Lock()
+        self._zero = self._mark(self._stream)
+        self._zero.synchronize()
+        self._zero_s = time.perf_counter()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def copy_after(self, event: Any) -> None:
+        if event is not None:
+            self._stream.wait_event(event)
+
+    def mark_copy(self) -> torch.cuda.Event:
+        return self._mark(self._stream)
+
+    def mark_compute(self) -> torch.cuda.Event:
+        return self._mark(torch.cuda.current_stream(self.torch_device))
+
+    def compute_after(self, event: Any) -> None:
+        torch.cuda.current_stream(self.torch_device).wait_event(event)
+
+    def span(self, lane: Lane, sublayer: Sublayer, start: Any, end: Any, nbytes: int = 0) -> None:
+        with self._lock:
+            self._pending[lane].append((sublayer, start, end, nbytes))
+            self._report(lane)
+
+    def settle(self) -> None:
+        self._stream.synchronize()
+        torch.cuda.current_stream(self.torch_device).synchronize()
+        with self._lock:
+            for lane in LANES:
+                self._report(lane)
+
+    def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def _report(self, lane: Lane) -> None:
+        """Hands the lane's spans whose end has passed to the trace; a lane's spans end in order."""
+        pending = self._pending[lane]
+        while pending and pending[0][2].query():
+            sublayer, start, end, nbytes = pending.popleft()
+            start_s, end_s = (self._zero_s + self._zero.elapsed_time(event) / 1e3 for event in (start, end))
+            self._trace.add(lane, sublayer, start_s, end_s, nbytes)
+
+
+def wants_copies(device: str | torch.device | None) -> bool:
+    """Whether the device that :func:`open_device` would open has memory of its own."""
+    if device is None:
+        return torch.cuda.is_available()
+    return not str(device).startswith("cpu")
+
+
+def open_device(device: str | torch.device | None, trace: Trace) -> HostDevice | CudaDevice:
+    """The device named (None: CUDA if there is one, else the CPU); raises :class:`ConfigError`."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"got device {device!r}: {error}") from error
+    if chosen.type == "cpu":
+        return HostDevice(trace)
+    if chosen.type != "cuda":
+        raise ConfigError(f"got device {chosen}, expected cpu or cuda")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"got device {chosen}, but torch finds no CUDA GPU. `mhaffn doctor` says more; cpu works.")
+    return CudaDevice(chosen, trace)

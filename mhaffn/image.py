@@ -1,0 +1,95 @@
+"""A sublayer's weights as one run of bytes in memory, and the typed views into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from mhaffn.errors import ChecksumError
+from mhaffn.plan import DEVICE_ALIGN
+from mhaffn.reader import Extent
+from mhaffn.store import SublayerRecords
+from mhaffn.store.format import TORCH_DTYPES
+from mhaffn.store.safetensors import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+Weights = SimpleNamespace
+"""A sublayer's weights by Meta's names: tensors of layout ``[out, in]`` and ``norm`` ``[D]``."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of bytes that is one in both images: ``nbytes`` from ``source`` go to ``target``."""
+
+    source: int
+    target: int
+    nbytes: int
+
+
+class Image:
+    """The layout of one sublayer in memory of our own: each tensor at a multiple of 256 bytes."""
+
+    def __init__(self, records: SublayerRecords) -> None:
+        self.records = records
+        self.offsets: list[int] = []
+        end = 0
+        for tensor in records.tensors:
+            self.offsets.append(end)
+            end = -(-(end + tensor.nbytes) // DEVICE_ALIGN) * DEVICE_ALIGN
+        self.nbytes = end
+
+    @property
+    def extents(self) -> list[Extent]:
+        return [extent_of(tensor) for tensor in self.records.tensors]
+
+    def segments(self, placements: Sequence[int]) -> list[Segment]:
+        """What to copy from a host image whose tensors lie at ``placements``, neighbours merged."""
+        merged: list[Segment] = []
+        for tensor, source, target in zip(self.records.tensors, placements, self.offsets, strict=True):
+            last = merged[-1] if merged else None
+            if last and last.source + last.nbytes == source and last.target + last.nbytes == target:
+                merged[-1] = Segment(last.source, last.target, last.nbytes + tensor.nbytes)
+            else:
+                merged.append(Segment(source, target, tensor.nbytes))
+        return merged
+
+    def views(self, memory: torch.Tensor, placements: Sequence[int] | None = None) -> Weights:
+        """Typed views into ``memory`` (uint8), at ``placements`` or, by default, in this layout."""
+        offsets = iter(self.offsets if placements is None else placements)
+        weights = Weights()
+        for record in self.records.records:
+            parts = {part: view(memory, next(offsets), tensor) for part, tensor in record.parts.items()}
+            setattr(weights, record.name, parts["values"])
+        return weights
+
+
+def extent_of(tensor: TensorInfo) -> Extent:
+    return Extent(tensor.path, tensor.offset, tensor.nbytes)
+
+
+def view(memory: torch.Tensor, offset: int, tensor: TensorInfo) -> torch.Tensor:
+    """``tensor``'s bytes at ``offset`` of ``memory`` (uint8), typed and shaped.
+
+    A checkpoint may place tensors at odd offsets, where no typed view exists; those bytes are copied.
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[tensor.dtype])
+    raw = memory[offset : offset + tensor.nbytes]
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(tensor.shape)
+
+
+def check_digest(records: SublayerRecords, digest: str) -> None:
+    """Raises :class:`ChecksumError` unless ``digest`` (XXH3-64, hex) is what was packed."""
+    if digest != records.checksum:
+        path = records.tensors[0].path
+        raise ChecksumError(
+            f"{path}: {records.sublayer} is damaged: got checksum {digest}, expected {records.checksum}. "
+            f"Pack the model again; --no-verify reads it regardless."
+        )

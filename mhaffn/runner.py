@@ -1,0 +1,120 @@
+"""The layer loop: embed → (MHA, FFN) × n → norm → head."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from mhaffn import ops
+from mhaffn.config import ModelConfig, Sublayer
+from mhaffn.device import open_device
+from mhaffn.errors import StreamError
+from mhaffn.image import Image
+from mhaffn.memory import Residents, load_residents
+from mhaffn.modules import FFN, MHA, Block, Context
+from mhaffn.plan import Plan
+from mhaffn.reader import PinnedArena, Reader, ReaderInfo
+from mhaffn.store import Store
+from mhaffn.stream import Stream
+from mhaffn.trace import Phase, Trace
+
+Engine = Literal["auto", "io_uring", "threads"]
+Direct = Literal["auto", "on", "off"]
+
+
+class Runner:
+    """A model whose sublayers come from a stream. One pass at a time; close it when done.
+
+    Attributes: ``config``, ``store``, ``plan``, ``trace``, ``device`` and ``dtype``.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        *,
+        device: str | torch.device | None = None,
+        engine: Engine = "auto",
+        direct: Direct = "auto",
+        strict: bool = False,
+        verify: bool = True,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.store, self.plan, self.config, self.trace = store, plan, store.config, Trace()
+        self.dtype: torch.dtype = getattr(torch, store.dtype)
+        self._target = target = open_device(device, self.trace)
+        self.device, self.copies = target.torch_device, target.copies
+        self._lock = threading.Lock()
+        images = {sublayer: Image(records) for sublayer, records in store.sublayers.items()}
+        with Reader(engine=engine, direct=direct, strict=strict) as loader:
+            self._residents = load_residents(
+                store, plan, images, device=target, reader=loader, verify=verify, progress=progress
+            )
+        try:
+            staging = PinnedArena(plan.staging_bytes) if plan.staging_bytes else None
+            reader = Reader(engine=engine, direct=direct, strict=strict, arena=staging)
+            self._reader, self._staging = reader, staging
+            self._stream = Stream(
+                plan, images, self._residents,
+                device=target, reader=reader, staging=staging, trace=self.trace, verify=verify,
+            )  # fmt: skip
+        except BaseException:
+            self._residents.close()
+            raise
+        self.blocks = [self._block(layer) for layer in range(self.config.num_layers)]
+
+    def _block(self, layer: int) -> Block:
+        mha, ffn = (partial(self._stream.weights, Sublayer(layer, kind)) for kind in ("mha", "ffn"))
+        return Block(MHA(self.config, layer, mha), FFN(self.config, ffn))
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids ``[B, T]`` to hidden states ``[B, T, D]``."""
+        return embedding(ids, self._resident["embedding"])
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """One pass over all sublayers: ``[B, T, D]`` to normalised hidden states ``[B, T, D]``.
+
+        Raises what the stream raises, and :class:`StreamError` while another pass runs.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise StreamError("another pass is running on this model; a streamed model runs one at a time")
+        try:
+            phase: Phase = "prefill" if x.shape[1] > 1 else "decode"
+            with self.trace.forward_pass(phase, x.shape[0] * x.shape[1]):
+                for block in self.blocks:
+                    x = block(x, context)
+            return ops.rms_norm(x, self._resident["norm"], self.config.norm_eps)
+        finally:
+            self._lock.release()
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[B, T, D]`` to logits ``[B, T, vocabulary]``."""
+        resident = self._resident
+        return linear(x, resident["embedding" if self.config.tie_word_embeddings else "head"])
+
+    def sweep(self) -> None:
+        """One pass over all weights without compute: what the links alone take. Not for use during a pass."""
+        for sublayer in self.plan.tiers:
+            with self._stream.weights(sublayer):
+                pass
+        self._target.settle()
+
+    @property
+    def _resident(self) -> dict[str, torch.Tensor]:
+        if not self._residents.tensors:
+            raise StreamError("the model is closed; load it again")
+        return self._residents.tensors
+
+    def reader_info(self) -> ReaderInfo:
+        """The engine and mode that really read, and why."""
+        return self._reader.info()
+
+    def close(self) -> None:
+        """Ends all transfers and frees all memory; may be called more than once."""
+        self._stream.close()

@@ -1,0 +1,351 @@
+"""Executes a plan: weights of each sublayer on the device, in the order every pass visits them.
+
+Two rings of bytes carry the sublayers that are not resident. Reads land in *staging* (pinned host
+memory); where the device has memory of its own, a mover thread copies each sublayer, chunk by chunk
+as it arrives, into *slots* on the device. Both rings are first in, first out, because access is cyclic:
+a sublayer's place is free again once it was released. The cycle runs through the pass boundary, so
+while the head computes, the first sublayers of the next pass are already on their way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+
+from mhaffn.config import Sublayer
+from mhaffn.device import CudaDevice, Event, HostDevice
+from mhaffn.errors import ReadError, StreamError
+from mhaffn.image import Image, Segment, Weights, check_digest
+from mhaffn.plan import Plan
+
+if TYPE_CHECKING:
+    from mhaffn.memory import Residents
+    from mhaffn.reader import PinnedArena, Reader, Request, Slot
+    from mhaffn.trace import Trace
+
+CHUNK_BYTES = 16 << 20
+STOP_S = 30.0
+
+
+class ByteRing:
+    """Places in a ring of ``capacity`` bytes, taken and freed first in, first out."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._places: deque[tuple[int, int]] = deque()
+
+    def take(self, nbytes: int) -> int | None:
+        """The offset of ``nbytes`` contiguous bytes, or None while there is no room for them."""
+        if not self._places:
+            offset = 0 if nbytes <= self.capacity else None
+        else:
+            first, (last, last_bytes) = self._places[0][0], self._places[-1]
+            end = last + last_bytes
+            wrapped = last < first
+            if end + nbytes <= (first if wrapped else self.capacity):
+                offset = end
+            else:
+                offset = 0 if not wrapped and nbytes <= first else None
+        if offset is not None:
+            self._places.append((offset, nbytes))
+        return offset
+
+    def free(self) -> None:
+        """Gives back the oldest place."""
+        self._places.popleft()
+
+    def clear(self) -> None:
+        self._places.clear()
+
+
+@dataclass
+class _Read:
+    """A sublayer on its way from SSD into staging."""
+
+    sublayer: Sublayer
+    slot: Slot
+    request: Request
+
+
+@dataclass
+class _Arrival:
+    """A sublayer that is, or by ``event`` will be, where compute can read it."""
+
+    sublayer: Sublayer
+    weights: Weights
+    event: Event | None = None
+    read: _Read | None = None
+
+
+class Stream:
+    """Weights on the device, sublayer after sublayer, by a plan.
+
+    One pass at a time uses a stream. :meth:`weights` gives views that are valid on the current CUDA
+    stream inside the ``with`` block; out of order it starts again at the sublayer asked for. An error
+    of the reader or a damaged checksum ends the stream: each later call raises it again.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        images: dict[Sublayer, Image],
+        residents: Residents,
+        *,
+        device: HostDevice | CudaDevice,
+        reader: Reader,
+        staging: PinnedArena | None,
+        trace: Trace,
+        verify: bool = True,
+    ) -> None:
+        self.plan = plan
+        self._images, self._residents = images, residents
+        self._device, self._reader, self._staging, self._trace = device, reader, staging, trace
+        self._verify = verify
+        self._cycle = plan.streamed() if device.copies else plan.streamed("ssd")
+        self._on_ssd = plan.streamed("ssd")
+        self._positions = {sublayer: i for i, sublayer in enumerate(plan.tiers)}
+        self._change = threading.Condition()
+        self._staging_ring = ByteRing(plan.staging_bytes)
+        self._slot_ring = ByteRing(plan.slot_bytes)
+        self._slots = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=device.torch_device)
+        self._reads: deque[_Read] = deque()
+        self._current: _Read | None = None
+        self._arrivals: deque[_Arrival] = deque()
+        self._held: deque[_Arrival] = deque()
+        self._freed: Event | None = None
+        self._error: BaseException | None = None
+        self._closed = self._stopping = False
+        self._next = self._next_read = 0
+        self._mover: threading.Thread | None = None
+        if self._cycle:
+            self._start(0)
+
+    @contextmanager
+    def weights(self, sublayer: Sublayer) -> Iterator[Weights]:
+        """The weights of ``sublayer`` for the length of the block; its compute is timed."""
+        weights = self.acquire(sublayer)
+        started = self._device.mark_compute()
+        try:
+            yield weights
+        finally:
+            ended = self._device.mark_compute()
+            self._device.span(sublayer.kind, sublayer, started, ended)
+            self.release(sublayer, ended)
+
+    def acquire(self, sublayer: Sublayer) -> Weights:
+        """Waits until ``sublayer`` is on the device and returns views of its weights.
+
+        Raises the typed error of the read that failed, or :class:`StreamError` after :meth:`close`.
+        """
+        if self._closed:
+            raise StreamError("the stream is closed; load the model again")
+        resident = self._residents.weights.get(sublayer)
+        if resident is not None:
+            return resident
+        if self._cycle[self._next] != sublayer:
+            self._stop()
+            self._start(self._cycle.index(sublayer))
+        arrival = self._await_arrival()
+        self._next = (self._next + 1) % len(self._cycle)
+        self._held.append(arrival)
+        if arrival.event is not None:
+            self._device.compute_after(arrival.event)
+        return arrival.weights
+
+    def release(self, sublayer: Sublayer, ended: Event | None = None) -> None:
+        """Gives the oldest acquired sublayer's memory back once the work queued so far is done."""
+        if not self._held or self._held[0].sublayer != sublayer:
+            return
+        arrival = self._held.popleft()
+        with self._change:
+            if self._device.copies:
+                self._freed = ended or self._device.mark_compute()
+                self._slot_ring.free()
+            elif arrival.read is not None:
+                self._give_back(arrival.read)
+            self._change.notify_all()
+
+    def close(self) -> None:
+        """Ends all transfers and frees all memory of the stream; may be called more than once."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stop()
+        self._reader.close()
+        self._slots = torch.empty(0, dtype=torch.uint8)
+        if self._staging is not None:
+            self._staging.close()
+        self._residents.close()
+
+    def _await_arrival(self) -> _Arrival:
+        with self._change:
+            while not self._arrivals:
+                if self._error is not None:
+                    raise self._error
+                self._change.wait(timeout=1.0)
+            return self._arrivals.popleft()
+
+    def _start(self, index: int) -> None:
+        """Starts the cycle at its sublayer ``index``, with all rings empty."""
+        if self._error is not None:
+            raise self._error
+        position = self._positions[self._cycle[index]]
+        ahead = (i for i, sublayer in enumerate(self._on_ssd) if self._positions[sublayer] >= position)
+        self._next, self._next_read = index, next(ahead, 0)
+        self._stopping = False
+        with self._change:
+            self._submit_reads()
+        self._mover = threading.Thread(target=self._move, args=(index,), name="mhaffn-mover", daemon=True)
+        self._mover.start()
+
+    def _stop(self) -> None:
+        """Ends the mover and all transfers, and takes every place in the rings back."""
+        with self._change:
+            self._stopping = True
+            reads = [*self._reads, *(a.read for a in (*self._arrivals, *self._held) if a.read is not None)]
+            reads += [self._current] if self._current is not None else []
+            self._change.notify_all()
+        for read in reads:
+            read.request.cancel()
+        if self._mover is not None:
+            self._mover.join(STOP_S)
+            if self._mover.is_alive():
+                raise StreamError(f"transfers did not end within {STOP_S:.0f} s; their memory is kept, not reused")
+        self._device.settle()
+        for read in reads:
+            with suppress(ReadError):
+                read.request.wait(STOP_S)
+            read.slot.release()
+        self._current = self._freed = None
+        for queue in (self._reads, self._arrivals, self._held):
+            queue.clear()
+        self._staging_ring.clear()
+        self._slot_ring.clear()
+
+    # Reads are kept as far ahead as staging has room; called with self._change held.
+
+    def _submit_reads(self) -> None:
+        while self._on_ssd and self._staging is not None and not self._stopping and self._error is None:
+            sublayer = self._on_ssd[self._next_read]
+            extents = self._images[sublayer].extents
+            nbytes = self._reader.cover_bytes(extents)
+            offset = self._staging_ring.take(nbytes)
+            if offset is None:
+                return
+            slot = self._staging.lease(nbytes, offset)
+            self._reads.append(_Read(sublayer, slot, self._reader.submit(extents, slot)))
+            self._next_read = (self._next_read + 1) % len(self._on_ssd)
+            self._change.notify_all()
+
+    def _give_back(self, read: _Read) -> None:
+        read.slot.release()
+        self._staging_ring.free()
+        self._submit_reads()
+
+    # What the mover thread does.
+
+    def _move(self, index: int) -> None:
+        try:
+            for sublayer in itertools.islice(itertools.cycle(self._cycle), index, None):
+                if self.plan.tiers[sublayer] == "dram":
+                    self._move_from_dram(sublayer)
+                else:
+                    self._move_from_ssd()
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            with self._change:
+                if not self._stopping:
+                    self._error = error
+                self._change.notify_all()
+
+    def _move_from_ssd(self) -> None:
+        with self._change:
+            self._change.wait_for(lambda: self._stopping or bool(self._reads))
+            self._raise_if_stopping()
+            self._current = read = self._reads.popleft()
+        image, memory = self._images[read.sublayer], torch.frombuffer(read.slot, dtype=torch.uint8)
+        if not self._device.copies:
+            for _ in self._arriving(read):
+                pass
+            self._arrive(_Arrival(read.sublayer, image.views(memory, read.request.placements), read=read))
+            return
+        slot = self._take_slot(image)
+        for segment in self._arriving(read):
+            self._copy(read.sublayer, slot, memory, segment)
+        copied = self._device.mark_copy()
+        self._arrive(_Arrival(read.sublayer, image.views(slot), copied))
+        copied.synchronize()
+        with self._change:
+            self._raise_if_stopping()
+            self._current = None
+            self._give_back(read)
+
+    def _move_from_dram(self, sublayer: Sublayer) -> None:
+        image = self._images[sublayer]
+        memory, placements = self._residents.host_images[sublayer]
+        slot = self._take_slot(image)
+        for segment in image.segments(placements):
+            self._copy(sublayer, slot, memory, segment)
+        self._arrive(_Arrival(sublayer, image.views(slot), self._device.mark_copy()))
+
+    def _arriving(self, read: _Read) -> Iterator[Segment]:
+        """The runs of a read, in chunks, each as soon as it is in memory; ends by verifying the whole."""
+        records, request = self._images[read.sublayer].records, read.request
+        digest = xxhash.xxh3_64() if self._verify and records.checksum else None
+        with memoryview(read.slot) as buffer:
+            for segment in self._images[read.sublayer].segments(request.placements):
+                for start in range(0, segment.nbytes, CHUNK_BYTES):
+                    nbytes = min(CHUNK_BYTES, segment.nbytes - start)
+                    source = segment.source + start
+                    request.wait_ready(source + nbytes)
+                    if digest is not None:
+                        digest.update(buffer[source : source + nbytes])
+                    yield Segment(source, segment.target + start, nbytes)
+        request.wait()
+        self._trace.add("ssd", read.sublayer, request.started_s, request.finished_s, records.nbytes)
+        if digest is not None:
+            check_digest(records, digest.hexdigest())
+
+    def _take_slot(self, image: Image) -> torch.Tensor:
+        """Room on the device; copies into it wait for the last compute that read what was there."""
+        with self._change:
+            while (offset := self._slot_ring.take(image.nbytes)) is None:
+                self._raise_if_stopping()
+                self._change.wait()
+            self._raise_if_stopping()
+            freed = self._freed
+        self._device.copy_after(freed)
+        return self._slots[offset : offset + image.nbytes]
+
+    def _copy(self, sublayer: Sublayer, slot: torch.Tensor, memory: torch.Tensor, segment: Segment) -> None:
+        started = self._device.mark_copy()
+        self._device.copy(
+            slot[segment.target : segment.target + segment.nbytes],
+            memory[segment.source : segment.source + segment.nbytes],
+        )
+        self._device.span("h2d", sublayer, started, self._device.mark_copy(), segment.nbytes)
+
+    def _arrive(self, arrival: _Arrival) -> None:
+        with self._change:
+            self._raise_if_stopping()
+            if arrival.read is not None:
+                self._current = None
+            self._arrivals.append(arrival)
+            self._change.notify_all()
+
+    def _raise_if_stopping(self) -> None:
+        if self._stopping:
+            raise _StoppedError
+
+
+class _StoppedError(Exception):
+    """Ends the mover when the stream stops."""
