@@ -1,0 +1,192 @@
+"""The ``mhaffn`` command."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+import mhaffn
+from mhaffn.errors import MhaffnError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run Llama-class models that do not fit the GPU: weights stream SSD → pinned memory → GPU, sublayer by "
+    "sublayer, while earlier ones compute. Start with `mhaffn doctor`, then `mhaffn run MODEL -p 'Hello'`.",
+)
+console = Console(stderr=True)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A Hugging Face folder, a packed store, or a hub id (org/name) in the local cache.")
+]
+GpuOption = Annotated[
+    str, typer.Option("--gpu", help="GPU memory to use, e.g. 14GiB. auto: what is free now. 0: keep no layer there.")
+]
+DramOption = Annotated[
+    str, typer.Option("--dram", help="Host memory to use, e.g. 32GiB. auto: what is free now. 0: keep no layer there.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda or cpu; by default CUDA where there is a GPU.")]
+EngineOption = Annotated[str, typer.Option(help="How files are read: auto, io_uring or threads.")]
+DirectOption = Annotated[str, typer.Option(help="O_DIRECT, past the page cache: auto, on or off.")]
+
+
+def main() -> None:
+    """Entry point: errors of ours print one paragraph and exit with 2; ``--debug`` shows the traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments)
+    except MhaffnError as error:
+        if len(arguments) < len(sys.argv) - 1:
+            traceback.print_exc()
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="On errors show the traceback too.")] = False,
+) -> None:
+    if version:
+        print(f"mhaffn {mhaffn.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from standard input.")],
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    gpu: GpuOption = "auto",
+    dram: DramOption = "auto",
+    context: Annotated[
+        int | None, typer.Option(help="Longest sequence; by default prompt and answer of this run.")
+    ] = None,
+    device: DeviceOption = None,
+    engine: EngineOption = "auto",
+    direct: DirectOption = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Fail instead of falling back to a slower way.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check a packed store's checksums.")] = True,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace to this file.")] = None,
+) -> None:
+    """Generate text; the answer goes to standard output, all else to standard error.
+
+    Ctrl-C ends cleanly, with the summary of what was done. Examples:
+
+        mhaffn run ~/models/Llama-3.1-70B-Instruct -p "Why is the sky blue?" --gpu 14GiB --dram 32GiB
+
+        mhaffn run HuggingFaceTB/SmolLM2-135M-Instruct -p "Once upon a time" --raw --dram 0
+    """
+    from mhaffn.session import Options, generate
+
+    options = Options(
+        gpu=gpu, dram=dram, context=context, device=device, engine=engine, direct=direct, strict=strict, verify=verify
+    )
+    finished = generate(
+        model,
+        sys.stdin.read() if prompt == "-" else prompt,
+        options,
+        raw=raw,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        trace=trace,
+        console=console,
+    )
+    if not finished:
+        raise typer.Exit(130)
+
+
+@app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors files, or a .gguf file.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write; new, or an unfinished pack of the same model.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; by default the source's (GGUF: bfloat16).")
+    ] = None,
+) -> None:
+    """Write a packed store: aligned, one file a sublayer, with checksums. Still a folder transformers opens.
+
+    Killed at any point, the same command goes on where it stopped. Not needed for Hugging Face folders –
+    `mhaffn run` reads them in place – but GGUF files must be packed.
+    """
+    from mhaffn.store import PackProgress
+    from mhaffn.store import pack as write_store
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(f"reading {source.name}", total=None)
+
+        def show(progress: PackProgress) -> None:
+            bar.update(task, description=progress.file, completed=progress.done_bytes, total=progress.total_bytes)
+
+        store = write_store(source, target, dtype=dtype, progress=show)
+    console.print(f"packed {len(store.sublayers)} sublayers in {store.dtype} into {target}", highlight=False)
+
+
+@app.command()
+def doctor(
+    path: Annotated[
+        Path, typer.Argument(help="A folder on the disk the models lie on: its O_DIRECT and alignment are tried.")
+    ] = Path(),
+    disk: Annotated[
+        Path | None, typer.Option(help="Measure the disk under this folder for about ten seconds.")
+    ] = None,
+) -> None:
+    """Say what mhaffn finds here – engine, O_DIRECT, memory limits, GPU, versions – and how to mend what is amiss.
+
+    Exits with 1 when something keeps mhaffn from working at all.
+    """
+    from mhaffn.doctor import disk_table, examine
+
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    findings = examine(path)
+    marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.status], finding.name, _escape(finding.detail))
+        if finding.fix:
+            table.add_row("", "", f"[dim]→ {_escape(finding.fix)}[/]")
+    out = Console()
+    out.print(table)
+    if disk is not None:
+        out.print(disk_table(disk))
+    if any(finding.status == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Option("--prompt", "-p")] = "What is the capital of France?",
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the model is kept; by default mhaffn in the user's cache folder.")
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Stream a real model: SmolLM2-135M-Instruct from disk, none of its layers resident.
+
+    Fetches the model once (93 MB), packs it, streams it through O_DIRECT and io_uring, measures each link
+    alone, and compares the tokens with those of the same model fully resident.
+    """
+    from mhaffn.demo import run_demo
+
+    if not run_demo(prompt, max_new_tokens=max_new_tokens, cache=cache, device=device, console=console):
+        raise typer.Exit(1)

@@ -1,0 +1,145 @@
+"""What happened in a run, link by link, beside the bound that physics sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mhaffn.config import KINDS, Kind, format_bytes
+from mhaffn.reader import ReaderInfo
+from mhaffn.trace import Lane, PassSpan, Phase, Trace
+
+LANE_NAMES: dict[Lane, str] = {"mha": "compute", "ffn": "compute", "h2d": "host → device", "ssd": "SSD → host"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Mean of one link's work on one kind of sublayer, per pass."""
+
+    kind: Kind
+    lane: Lane
+    nbytes: float
+    seconds: float
+
+    @property
+    def gib_per_s(self) -> float:
+        return self.nbytes / self.seconds / 2**30 if self.seconds and self.nbytes else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Passes of one phase: how many, how long each took, what each link did in one, and the bound.
+
+    ``links`` maps a link to the seconds it needs for one pass: measured alone, or, where nothing was
+    measured alone, its busy time in this run. The bound is the greatest of them, because links work at
+    the same time; ``share`` is bound / measured.
+    """
+
+    phase: Phase
+    passes: int
+    tokens: int
+    seconds_per_pass: float
+    rows: tuple[Row, ...]
+    links: Mapping[str, float]
+    links_measured_alone: bool
+
+    @property
+    def bound_link(self) -> str:
+        return max(self.links, key=lambda link: self.links[link])
+
+    @property
+    def bound_s(self) -> float:
+        return self.links[self.bound_link]
+
+    @property
+    def share(self) -> float:
+        return self.bound_s / self.seconds_per_pass
+
+
+def make_report(trace: Trace, phase: Phase, alone: Mapping[str, float] | None = None) -> Report | None:
+    """The report of the passes of ``phase``; None if there were none."""
+    passes = [run for run in trace.passes if run.phase == phase]
+    if not passes:
+        return None
+    rows = tuple(
+        Row(kind, lane, total.nbytes / len(passes), total.seconds / len(passes))
+        for kind in KINDS
+        for lane in (kind, "h2d", "ssd")
+        if (total := trace.totals.get((phase, lane, kind))) is not None  # type: ignore[arg-type]
+    )
+    return Report(
+        phase=phase,
+        passes=len(passes),
+        tokens=sum(run.tokens for run in passes),
+        seconds_per_pass=_seconds_per_pass(passes),
+        rows=rows,
+        links=alone or _busy(rows),
+        links_measured_alone=alone is not None,
+    )
+
+
+def _seconds_per_pass(passes: Sequence[PassSpan]) -> float:
+    """From the first start to the last end where passes follow each other: on a GPU a pass ends after its launches."""
+    if len(passes) > 1:
+        return (passes[-1].end_s - passes[0].start_s) / len(passes)
+    return passes[0].end_s - passes[0].start_s
+
+
+def _busy(rows: Sequence[Row]) -> dict[str, float]:
+    links: dict[str, float] = {}
+    for row in rows:
+        name = LANE_NAMES[row.lane]
+        links[name] = links.get(name, 0.0) + row.seconds
+    return links
+
+
+def render(reports: Sequence[Report | None], info: ReaderInfo | None) -> RenderableType:
+    """A table for people: one block a phase, then the engine, the bound and the share of it reached."""
+    parts: list[RenderableType] = []
+    for report in reports:
+        if report is not None:
+            parts += [_table(report), Text(_bound_line(report))]
+    if info is not None:
+        parts.append(Text(engine_line(info)))
+    return Group(*parts)
+
+
+def _table(report: Report) -> Table:
+    tokens = f"{report.tokens} tokens in {report.passes} pass{'es' if report.passes > 1 else ''}"
+    table = Table(title=f"{report.phase}: {tokens}, means per pass", title_justify="left", title_style="bold")
+    table.add_column("sublayers")
+    table.add_column("link")
+    for column in ("bytes", "ms", "GiB/s"):
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        moved = row.lane in ("ssd", "h2d")
+        table.add_row(
+            row.kind.upper(),
+            LANE_NAMES[row.lane],
+            format_bytes(row.nbytes) if moved else "",
+            f"{row.seconds * 1e3:.2f}",
+            f"{row.gib_per_s:.2f}" if moved else "",
+        )
+    return table
+
+
+def _bound_line(report: Report) -> str:
+    how = "measured alone" if report.links_measured_alone else "busy time in this run"
+    links = ", ".join(f"{link} {seconds * 1e3:.1f}" for link, seconds in report.links.items())
+    rate = report.tokens / report.passes / report.seconds_per_pass
+    return (
+        f"  pass {report.seconds_per_pass * 1e3:.1f} ms ({rate:.2f} tokens/s); bound {report.bound_s * 1e3:.1f} ms "
+        f"by {report.bound_link}; {report.share:.0%} of the bound reached\n"
+        f"  links, ms a pass, {how}: {links}"
+    )
+
+
+def engine_line(info: ReaderInfo) -> str:
+    """The engine and mode that really read, and each fallback with its reason."""
+    mode = "O_DIRECT" if info.direct == "on" else "buffered"
+    line = f"  read by {info.engine}, {mode}"
+    return "\n".join([line, *(f"  fallback: {reason}" for reason in info.reasons)])

@@ -1,0 +1,210 @@
+"""One generation in a terminal: load, stream text as it comes, live progress, summary."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+
+from mhaffn.config import ModelConfig
+from mhaffn.errors import ConfigError, StoreError
+from mhaffn.hf import StreamedLlama, load
+from mhaffn.report import make_report, render
+from mhaffn.runner import Runner
+from mhaffn.store import resolve
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is loaded; the fields are arguments of :func:`mhaffn.load`."""
+
+    gpu: Any = "auto"
+    dram: Any = "auto"
+    context: int | None = None
+    tokens: int | None = None
+    device: str | None = None
+    engine: Any = "auto"
+    direct: Any = "auto"
+    strict: bool = False
+    verify: bool = True
+
+
+def generate(
+    model: str,
+    prompt: str,
+    options: Options,
+    *,
+    raw: bool,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    trace: Path | None,
+    console: Console,
+) -> bool:
+    """Streams the answer to standard output and everything else to ``console``; False if interrupted."""
+    folder = resolve(model)
+    config = ModelConfig.from_folder(folder)
+    tokenizer = open_tokenizer(folder)
+    ids = encode(tokenizer, prompt, raw=raw, console=console)
+    limit = min(options.context or config.max_position_embeddings, config.max_position_embeddings)
+    if ids.shape[1] >= limit:
+        raise ConfigError(f"got a prompt of {ids.shape[1]} tokens, expected fewer than {limit}, the context")
+    new_tokens = min(max_new_tokens, limit - ids.shape[1])
+    context = options.context or ids.shape[1] + new_tokens
+    loaded_options = asdict(options) | {"context": context, "tokens": ids.shape[1]}
+    with loading(console) as progress, load(folder, **loaded_options, progress=progress) as loaded:
+        console.print(loaded.runner.plan.describe(), highlight=False)
+        finished = stream_text(loaded, tokenizer, ids, new_tokens, temperature=temperature, seed=seed)
+        runner = loaded.runner
+        console.print(render([make_report(runner.trace, "prefill"), make_report(runner.trace, "decode")], runner.reader_info()))
+        if not finished:
+            console.print("interrupted", style="yellow")
+        if trace is not None:
+            runner.trace.write_chrome(trace)
+            console.print(f"trace written to {trace}", highlight=False)
+    return finished
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights; raises :class:`StoreError`."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{folder} holds no tokenizer that transformers can open: {error}") from error
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool, console: Console) -> torch.Tensor:
+    """Token ids ``[1, T]``; through the chat template unless ``raw`` or there is none."""
+    if not raw and tokenizer.chat_template is None:
+        console.print("this model has no chat template: the prompt is continued as it is (--raw)", style="yellow")
+    if raw or tokenizer.chat_template is None:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        ids = encoded if isinstance(encoded, torch.Tensor) else encoded["input_ids"]
+    if ids.shape[1] == 0:
+        raise ConfigError("got an empty prompt, expected at least one token")
+    return ids
+
+
+@contextmanager
+def loading(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for weights that stay in memory; gone once they are loaded."""
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task("loading")
+
+    def show(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+def stream_text(
+    model: StreamedLlama,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    collect: list[int] | None = None,
+) -> bool:
+    """Generates to standard output, with a live line on a terminal; False if Ctrl-C ended it.
+
+    ``collect``, if given, gets the new token ids.
+    """
+    sampling = GREEDY
+    if temperature > 0:
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature}
+    ids = ids.to(model.device)
+    with _TerminalText(tokenizer, model.runner) as streamer, torch.inference_mode():
+        try:
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **sampling,
+            )
+        except KeyboardInterrupt:
+            streamer.end()
+            return False
+    if collect is not None:
+        collect += output[0, ids.shape[1] :].tolist()
+    return True
+
+
+class _TerminalText(TextStreamer):  # type: ignore[misc]
+    """Prints text as it becomes final. On a terminal a last line shows tokens/s and SSD GiB/s meanwhile."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, runner: Runner) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._runner = runner
+        self._line = ""
+        self._tokens = -1  # the first call brings the prompt
+        self._started_s = self._last_s = time.perf_counter()
+        self._read_at_start = self._last_read = runner.reader_info().bytes_read
+        self._ssd_rate = 0.0
+        self._console = Console()
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> _TerminalText:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._live.stop()
+        if self._console.is_terminal and self._line:
+            self._console.print(self._line, markup=False, highlight=False, soft_wrap=True)
+        elif self._line:
+            sys.stdout.write("\n")
+        self._line = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        self._tokens += 1
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self._console.is_terminal:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            self._line = (self._line + text).rpartition("\n")[2]
+            return
+        *whole, self._line = (self._line + text).split("\n")
+        for line in whole:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _render(self) -> RenderableType:
+        now = time.perf_counter()
+        if now - self._last_s > 0.5:
+            read = self._runner.reader_info().bytes_read
+            self._ssd_rate = (read - self._last_read) / (now - self._last_s) / 2**30
+            self._last_s, self._last_read = now, read
+        rate = max(self._tokens, 0) / (now - self._started_s)
+        status = f"{max(self._tokens, 0)} tokens, {rate:.2f} tokens/s, SSD {self._ssd_rate:.2f} GiB/s (Ctrl-C ends)"
+        return Group(Text(self._line), Text(status, style="dim"))
