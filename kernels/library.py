@@ -4,7 +4,7 @@ wherever no kernel of ours was measured faster. Arguments were checked by :mod:`
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -66,18 +66,28 @@ def gated(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
     return F.silu(F.linear(x, w1), inplace=True).mul_(F.linear(x, w3))
 
 
-def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Callable[..., Tensor] = gated) -> Tensor:
+    """``gate_up``, then the product with w2; in chunks of rows where an intermediate would pass its bound."""
     rows = x.reshape(-1, x.shape[-1])
     chunk = max(1, FFN_CHUNK_BYTES // (w1.shape[0] * x.element_size()))
     if rows.shape[0] <= chunk:
-        return F.linear(gated(rows, w1, w3), w2).view(x.shape)
+        return F.linear(gate_up(rows, w1, w3), w2).view(x.shape)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     for start in range(0, rows.shape[0], chunk):
         part = slice(start, start + chunk)
-        torch.mm(gated(rows[part], w1, w3), w2.t(), out=out[part])
+        torch.mm(gate_up(rows[part], w1, w3), w2.t(), out=out[part])
     return out.view(x.shape)
 
 
-def default_scale(dim: int) -> float:
-    """The softmax scale where the caller gives none."""
-    return 1 / math.sqrt(dim)
+def rope_write(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    """Rotates q and k; puts k and v at ``start[b] + t`` of their caches."""
+    rotated_q, rotated_k = rope(q, k, cos, sin, interleaved)
+    b, t = q.shape[:2]
+    batch = torch.arange(b, device=q.device)[:, None]
+    place = start.to(torch.int64)[:, None] + torch.arange(t, device=q.device)
+    k_cache[batch, place] = rotated_k
+    v_cache[batch, place] = v
+    return rotated_q

@@ -4,6 +4,7 @@
 :func:`rms_norm`        normalise and scale
 :func:`add_rms_norm`    the same, of a sum that is returned too
 :func:`rope`            rotate queries and keys by their positions
+:func:`rope_write`      the same, with keys and values put into a cache
 :func:`attention`       softmax attention: causal, grouped heads, padding masks, ragged lengths
 :func:`ffn`             SwiGLU feed-forward
 ======================= ==========================================================================
@@ -27,9 +28,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .kernels import select
+from .kernels import library, select
 
-__all__ = ["add_rms_norm", "attention", "ffn", "rms_norm", "rope"]
+__all__ = ["add_rms_norm", "attention", "ffn", "rms_norm", "rope", "rope_write"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cpu", "cuda")
@@ -71,6 +72,37 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
     _check_tensors("rope", q=q, k=k)
     _check_rope("rope", q, k, cos, sin)
     return cast("tuple[Tensor, Tensor]", torch.ops.mhaffn.rope(q, k, cos, sin, interleaved))
+
+
+def rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
+    """:func:`rope`, with the keys and values written where attention reads them; returns the rotated q.
+
+    q ``[B, T, HQ, K]``, k and v ``[B, T, H, K]``, cos and sin as for :func:`rope`. Rotated k and v go to rows
+    ``start[b] + t`` of k_cache and v_cache ``[B, S, H, K]``, any strides with unit last stride, changed in place.
+    start ``[B]``, int32 or int64, on q's device: read there, and ``start + T <= S`` is the caller's to keep.
+    """
+    op = "rope_write"
+    _check_inference(op, q, k, v, cos, sin)
+    _check_tensors(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    _check_rope(op, q, k, cos, sin)
+    _expect(v.shape == k.shape, op, "v shape", tuple(v.shape), f"{tuple(k.shape)}, that of k")
+    b, t, h, dim = k.shape
+    fits = k_cache.dim() == 4 and k_cache.shape[::2] == (b, h) and k_cache.shape[3] == dim and k_cache.shape[1] >= t
+    _expect(fits, op, "k_cache shape", tuple(k_cache.shape), f"[{b}, S, {h}, {dim}] with S at least {t}")
+    _expect(v_cache.shape == k_cache.shape, op, "v_cache shape", tuple(v_cache.shape), tuple(k_cache.shape))
+    _check_lengths(op, "start", start, q)
+    return cast(Tensor, torch.ops.mhaffn.rope_write(q, k, v, cos, sin, k_cache, v_cache, start, interleaved))
 
 
 def attention(
@@ -164,6 +196,12 @@ def _check_rope(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None
     _expect(cos.shape == sin.shape, op, "sin shape", tuple(sin.shape), f"{tuple(cos.shape)}, that of cos")
 
 
+def _check_lengths(op: str, name: str, lengths: Tensor, q: Tensor) -> None:
+    _expect(lengths.shape == q.shape[:1], op, f"{name} shape", tuple(lengths.shape), f"[B] = ({q.shape[0]},)")
+    _expect(lengths.dtype in (torch.int32, torch.int64), op, f"{name} dtype", lengths.dtype, "int32 or int64")
+    _expect(lengths.device == q.device, op, f"{name} device", lengths.device, q.device)
+
+
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, mask: Tensor | None) -> None:
     op = "attention"
     _expect(q.dim() == 4, op, "q shape", tuple(q.shape), "[B, T, HQ, K]")
@@ -175,10 +213,7 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, ma
     _expect(h > 0 and hq % h == 0, op, "query heads HQ", hq, f"a multiple of the key heads, {h}")
     _expect(0 < dim <= HEAD_DIM_MAX, op, "head dim K", dim, f"1 to {HEAD_DIM_MAX}")
     if kv_lens is not None:
-        _expect(kv_lens.shape == (b,), op, "kv_lens shape", tuple(kv_lens.shape), f"[B] = ({b},)")
-        integer = kv_lens.dtype in (torch.int32, torch.int64)
-        _expect(integer, op, "kv_lens dtype", kv_lens.dtype, "int32 or int64")
-        _expect(kv_lens.device == q.device, op, "kv_lens device", kv_lens.device, q.device)
+        _check_lengths(op, "kv_lens", kv_lens, q)
     if mask is not None:
         _expect(mask.dtype == torch.bool, op, "mask dtype", mask.dtype, "bool, True where a key may be seen")
         _expect(mask.device == q.device, op, "mask device", mask.device, q.device)
@@ -201,11 +236,12 @@ def _check_ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
 # host time instead of 13, and a decoded token makes hundreds of calls.
 
 
-def _register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    name = "mhaffn::" + schema.partition("(")[0]
-    torch.library.define(name, schema[schema.index("(") :])
-    torch.library.impl(name, ("cpu", "cuda"), implementation)
-    torch.library.register_fake(name, fake)
+def _register(schema: str, fake: Callable[..., Any]) -> None:
+    op = schema.partition("(")[0]
+    torch.library.define(f"mhaffn::{op}", schema.removeprefix(op))
+    torch.library.impl(f"mhaffn::{op}", "cpu", getattr(library, op))
+    torch.library.impl(f"mhaffn::{op}", "cuda", getattr(select, op))
+    torch.library.register_fake(f"mhaffn::{op}", fake)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -214,26 +250,26 @@ def _like(x: Tensor) -> Tensor:
 
 _register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    select.rms_norm,
     lambda x, weight, eps: _like(x),
 )
 _register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-    select.add_rms_norm,
     lambda x, residual, weight, eps: (_like(x), _like(x)),
 )
 _register(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
-    select.rope,
     lambda q, k, cos, sin, interleaved: (_like(q), _like(k)),
 )
 _register(
+    "rope_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor start, bool interleaved) -> Tensor",
+    lambda q, k, v, cos, sin, k_cache, v_cache, start, interleaved: _like(q),
+)
+_register(
     "attention(Tensor q, Tensor k, Tensor v, bool causal, Tensor? kv_lens, Tensor? mask, float? scale) -> Tensor",
-    select.attention,
     lambda q, k, v, causal, kv_lens, mask, scale: _like(q),
 )
 _register(
     "ffn(Tensor x, Tensor w1, Tensor w3, Tensor w2) -> Tensor",
-    select.ffn,
     lambda x, w1, w3, w2: _like(x),
 )

@@ -125,6 +125,21 @@ def test_rope_interleaved_matches_the_complex_form():
         torch.testing.assert_close(mine, torch.view_as_real(pairs * turn).flatten(-2))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_write_fills_the_cache_in_place(interleaved):
+    cos, sin = angles(5, 64, batch=2)
+    q, k, v = torch.randn(2, 5, 9, 64), torch.randn(2, 5, 3, 64), torch.randn(2, 5, 3, 64)
+    caches = torch.zeros(2, 2, 20, 3, 64)
+    start = torch.tensor([3, 15], dtype=torch.int32)
+    got = ops.rope_write(q, k, v, cos, sin, *caches, start, interleaved=interleaved)
+    want_q, want_k = ops.rope(q, k, cos, sin, interleaved=interleaved)
+    assert torch.equal(got, want_q)
+    for i, first in enumerate(start.tolist()):
+        assert torch.equal(caches[0, i, first : first + 5], want_k[i])
+        assert torch.equal(caches[1, i, first : first + 5], v[i])
+    assert caches.count_nonzero() == 2 * k.numel()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize(("t", "s"), [(1, 1), (1, 63), (5, 127), (63, 63), (127, 64)], ids=str)
@@ -247,6 +262,12 @@ BAD = {
     "rope odd": lambda: ops.rope(randn(1, 5, 2, 7), randn(1, 5, 2, 7), randn(5, 3), randn(5, 3)),
     "rope k": lambda: ops.rope(randn(1, 5, 2, 8), randn(1, 6, 2, 8), randn(5, 4), randn(5, 4)),
     "rope sin": lambda: ops.rope(randn(1, 5, 2, 8), randn(1, 5, 2, 8), randn(5, 4), randn(1, 5, 4)),
+    "cache too short": lambda: ops.rope_write(
+        *[randn(1, 5, 2, 8)] * 3, randn(5, 4), randn(5, 4), *[randn(1, 4, 2, 8)] * 2, torch.tensor([0])
+    ),
+    "cache start": lambda: ops.rope_write(
+        *[randn(1, 5, 2, 8)] * 3, randn(5, 4), randn(5, 4), *[randn(1, 9, 2, 8)] * 2, torch.tensor([[0]])
+    ),
     "attention heads": lambda: ops.attention(randn(1, 5, 5, 8), randn(1, 5, 2, 8), randn(1, 5, 2, 8)),
     "attention dims": lambda: ops.attention(randn(5, 5, 8), randn(1, 5, 2, 8), randn(1, 5, 2, 8)),
     "attention v": lambda: ops.attention(randn(1, 5, 2, 8), randn(1, 5, 2, 8), randn(1, 6, 2, 8)),
@@ -299,6 +320,20 @@ def cases(device: str = "cpu"):
         ),
         "rope": (namespace.rope, (q, q[:, :, :2], cos, sin, False)),
         "rope interleaved": (namespace.rope, (q, q[:, :, :2], cos, sin, True)),
+        "rope_write": (
+            namespace.rope_write,
+            (
+                q[:, :5],
+                k[:, :5],
+                k[:, :5],
+                cos[:5],
+                sin[:5],
+                k.clone(),
+                k.clone(),
+                torch.tensor([4, 1], device=device),
+                False,
+            ),
+        ),
         "attention": (namespace.attention, (q, k, k, True, None, None, None)),
         "attention masked": (namespace.attention, (q, k, k, True, lens, mask, 0.2)),
         "ffn": (namespace.ffn, (torch.randn(3, 32, device=device), w[0], w[1], w[2].t().contiguous())),

@@ -1,0 +1,97 @@
+"""Kernels in CUDA C++, compiled at run time through CuPy (imported here only, and only when one is first used)."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tiles
+
+SOURCES = Path(__file__).parent / "cuda"
+FEW_ROWS_MAX = 16
+
+
+@cache
+def available() -> bool:
+    """Whether CuPy is installed and its compiler works here."""
+    try:
+        _module("ffn_few_rows.cu", few_rows_defines(False, False, 1, DEFAULT_TILE), torch.cuda.current_device())
+    except Exception:  # CuPy missing, or its headers or compiler: the Triton sibling runs instead
+        return False
+    return True
+
+
+DEFAULT_TILE = {"TILES": 1, "WARPS": 8, "STEPS": 2, "BLOCKS": 2}
+
+
+def few_rows_defines(half: bool, gated: bool, columns: int, tile: tiles.Tile) -> tuple[str, ...]:
+    """The -D options of ``ffn_few_rows.cu``."""
+    chosen = {name: tile[name] for name in ("TILES", "WARPS", "STEPS", "BLOCKS")}
+    defines = {"HALF": int(half), "GATED": int(gated), "COLUMNS": columns, **chosen}
+    return tuple(f"-D{name}={value}" for name, value in defines.items())
+
+
+@cache
+def _module(source: str, defines: tuple[str, ...], device_index: int) -> Any:
+    import cupy
+
+    with cupy.cuda.Device(device_index):
+        module = cupy.RawModule(code=(SOURCES / source).read_text(), options=("--std=c++17", *defines))
+        module.compile()
+        return module
+
+
+@cache
+def _function(name: str, source: str, defines: tuple[str, ...], device_index: int) -> Any:
+    return _module(source, defines, device_index).get_function(name)
+
+
+@cache
+def _int32() -> Any:
+    import numpy
+
+    return numpy.int32
+
+
+@cache
+def _stream(pointer: int, device_index: int) -> Any:
+    import cupy
+
+    return cupy.cuda.ExternalStream(pointer, device_index)
+
+
+def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = None) -> Tensor:
+    """x [M, D] with M up to 16, a (and b) [ROWS, D] -> ``x aᵀ``, or ``silu(x aᵀ) * (x bᵀ)``, [M, ROWS].
+
+    bf16 or fp16, everything 16-byte aligned, D a multiple of 8.
+    """
+    m, width = x.shape
+    rows = a.shape[0]
+    if m > FEW_ROWS_MAX or width % 8 or a.shape != (rows, width) or (b is not None and b.shape != a.shape):
+        raise ValueError(f"few_rows: got x {tuple(x.shape)}, a {tuple(a.shape)}; M is at most 16, D a multiple of 8")
+    index = torch.cuda.current_device() if x.device.index is None else x.device.index
+    columns = 1 if m <= 8 else 2
+    if tile is None:
+        machine = tiles.machine(x.device)
+        kernel = "few_rows_cuda" if b is None else "few_rows_cuda_gated"
+        tile = tiles.tile(kernel, machine.arch, columns=columns, per_processor=rows // machine.processors)
+    defines = few_rows_defines(x.dtype == torch.float16, b is not None, columns, tile)
+    function = _function("ffn_few_rows", "ffn_few_rows.cu", defines, index)
+    out = torch.empty((m, rows), dtype=x.dtype, device=x.device)
+    int32 = _int32()
+    second = a if b is None else b
+    arguments = (
+        x.data_ptr(), a.data_ptr(), second.data_ptr(), out.data_ptr(), x.stride(0), int32(m), int32(rows), int32(width),
+    )  # fmt: skip
+    with _stream(torch.cuda.current_stream(index).cuda_stream, index):
+        function((-(-rows // (16 * tile["TILES"])),), (32 * tile["WARPS"],), arguments)
+    return out
+
+
+def ffn_few_rows(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    """The whole FFN for M up to 16: x [M, D] -> [M, D]."""
+    return few_rows(few_rows(x, w1, w3), w2, None)

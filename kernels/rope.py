@@ -1,0 +1,120 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864): pairs of a head's elements turn by ``position * frequency``.
+
+q [B, T, HQ, K], k [B, T, H, K]; cos, sin [B|1, T, K/2] or [T, K/2] in float32 (any frequency scaling is in them).
+Pairs are ``(i, i + K/2)`` (half-split) or ``(2i, 2i + 1)`` (interleaved). Computed in float32, rounded once.
+
+Bound by memory: q and k are read and written once. One program turns a few heads of one token, q's and k's in one
+launch. :func:`rope_write` puts the turned keys, and the values, straight into a cache.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, no-warn-return-any
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def turn(p_x, p_out, first, second, b_cos, b_sin, m_tile):
+    """Rotates the pairs at offsets ``first`` and ``second`` of p_x into the same places of p_out."""
+    b_first = tl.load(p_x + first[0], mask=m_tile, other=0.0).to(tl.float32)
+    b_second = tl.load(p_x + second[0], mask=m_tile, other=0.0).to(tl.float32)
+    element = p_out.dtype.element_ty
+    tl.store(p_out + first[1], (b_first * b_cos - b_second * b_sin).to(element), mask=m_tile)
+    tl.store(p_out + second[1], (b_second * b_cos + b_first * b_sin).to(element), mask=m_tile)
+
+
+@triton.jit
+def rope_kernel(
+    p_q, p_k, p_v, p_cos, p_sin, p_start, p_q_out, p_k_out, p_v_out,
+    T, HQ, H, cos_b, cos_t, sin_b, sin_t,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ko_b, ko_t, ko_h, vo_b, vo_t, vo_h,
+    K: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr, INTERLEAVED: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """Some heads of one token; axis 1 counts tiles of query heads, then of key heads, then (CACHE) of value heads."""
+    batch = tl.program_id(0) // T
+    token = tl.program_id(0) % T
+    part = tl.program_id(1)
+    q_tiles = tl.cdiv(HQ, BLOCK_H)
+    k_tiles = tl.cdiv(H, BLOCK_H)
+    half: tl.constexpr = K // 2
+    pair = tl.arange(0, BLOCK_HALF)
+    m_pair = pair < half
+    batch = batch.to(tl.int64)
+    place = token.to(tl.int64)
+    if CACHE:
+        place += tl.load(p_start + batch)
+
+    if INTERLEAVED:
+        low = 2 * pair
+        high = 2 * pair + 1
+    else:
+        low = pair
+        high = pair + half
+    if part < q_tiles + k_tiles:
+        b_cos = tl.load(p_cos + batch * cos_b + token.to(tl.int64) * cos_t + pair, mask=m_pair, other=0.0)[None, :]
+        b_sin = tl.load(p_sin + batch * sin_b + token.to(tl.int64) * sin_t + pair, mask=m_pair, other=0.0)[None, :]
+        if part < q_tiles:
+            head = part * BLOCK_H + tl.arange(0, BLOCK_H)
+            m_tile = (head < HQ)[:, None] & m_pair[None, :]
+            o_in = (batch * q_b + token.to(tl.int64) * q_t + head.to(tl.int64) * q_h)[:, None]
+            o_out = ((tl.program_id(0).to(tl.int64) * HQ + head) * K)[:, None]
+            turn(p_q, p_q_out, (o_in + low[None, :], o_out + low[None, :]),
+                 (o_in + high[None, :], o_out + high[None, :]), b_cos, b_sin, m_tile)  # fmt: skip
+        else:
+            head = (part - q_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
+            m_tile = (head < H)[:, None] & m_pair[None, :]
+            o_in = (batch * k_b + token.to(tl.int64) * k_t + head.to(tl.int64) * k_h)[:, None]
+            o_out = (batch * ko_b + place * ko_t + head.to(tl.int64) * ko_h)[:, None]
+            turn(p_k, p_k_out, (o_in + low[None, :], o_out + low[None, :]),
+                 (o_in + high[None, :], o_out + high[None, :]), b_cos, b_sin, m_tile)  # fmt: skip
+    elif CACHE:
+        value_head = (part - q_tiles - k_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
+        dim = tl.arange(0, 2 * BLOCK_HALF)
+        m_value = (value_head < H)[:, None] & (dim < K)[None, :]
+        o_value = (batch * v_b + token.to(tl.int64) * v_t + value_head.to(tl.int64) * v_h)[:, None] + dim[None, :]
+        o_place = (batch * vo_b + place * vo_t + value_head.to(tl.int64) * vo_h)[:, None] + dim[None, :]
+        tl.store(p_v_out + o_place, tl.load(p_v + o_value, mask=m_value), mask=m_value)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Returns rotated q and k, contiguous."""
+    out_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    _launch(q, k, None, cos, sin, None, out_q, out_k, None, interleaved)
+    return out_q, out_k
+
+
+def rope_write(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    """Returns rotated q; writes rotated k, and v, to rows ``start[b] + t`` of k_cache and v_cache [B, S, H, K]."""
+    out_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _launch(q, k, v, cos, sin, start, out_q, k_cache, v_cache, interleaved)
+    return out_q
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor | None, cos: Tensor, sin: Tensor, start: Tensor | None,
+    out_q: Tensor, out_k: Tensor, out_v: Tensor | None, interleaved: bool,
+) -> None:  # fmt: skip
+    b, t, hq, dim = q.shape
+    h = k.shape[2]
+    if k.shape != (b, t, h, dim) or cos.shape[-2:] != (t, dim // 2):
+        raise ValueError(f"rope: got q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}")
+    if b * t == 0:
+        return
+    values, out_values = (k, out_k) if v is None or out_v is None else (v, out_v)
+    block_half = triton.next_power_of_2(max(1, dim // 2))
+    block_h = min(triton.next_power_of_2(max(hq, h)), max(1, 2048 // block_half))
+    parts = triton.cdiv(hq, block_h) + triton.cdiv(h, block_h) * (1 if v is None else 2)
+    angles = [(x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0, x.stride(-2)) for x in (cos, sin)]
+    rope_kernel[(b * t, parts)](
+        q, k, values, cos, sin, start, out_q, out_k, out_values, t, hq, h, *angles[0], *angles[1],
+        *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *out_k.stride()[:3], *out_values.stride()[:3],
+        K=dim, BLOCK_HALF=block_half, BLOCK_H=block_h, INTERLEAVED=interleaved, CACHE=v is not None, num_warps=4,
+    )  # fmt: skip

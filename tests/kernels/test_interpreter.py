@@ -1,0 +1,20 @@
+"""Runs tests/kernels/interpreted.py, a process a kernel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("interpreted.py")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("kernel", ["attention_decode", "attention_prefill", "ffn", "rmsnorm", "rope"])
+def test_kernel_in_the_interpreter(kernel):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, str(SCRIPT), kernel], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]

@@ -1,0 +1,40 @@
+"""Tile tables are data: well-formed, complete, written as they are read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from mhaffn.kernels import tiles
+
+SIZES = {
+    "attention_decode": {"element": (2, 4), "dim": (64, 128, 256), "keys": (1, 1 << 20), "programs": (1, 512)},
+    "attention_prefill": {"element": (2, 4), "dim": (16, 64, 128, 256)},
+    "few_rows": {"element": (2, 4), "rows": (16, 64), "per_processor": (1, 1000)},
+    "few_rows_gated": {"element": (2, 4), "rows": (16, 64), "per_processor": (1, 1000)},
+    "few_rows_cuda": {"columns": (1, 2), "per_processor": (1, 1000)},
+    "few_rows_cuda_gated": {"columns": (1, 2), "per_processor": (1, 1000)},
+}
+
+
+@pytest.mark.parametrize("arch", tiles.SHARED_MEMORY_LIMIT)
+def test_every_size_finds_a_tile(arch):
+    for kernel, sizes in SIZES.items():
+        for values in itertools.product(*sizes.values()):
+            assert tiles.tile(kernel, arch, **dict(zip(sizes, values, strict=True)))
+
+
+def test_a_size_without_a_tile_is_named():
+    with pytest.raises(LookupError, match=r"sm_90.json has no tile of gate_up"):
+        tiles.tile("gate_up", "sm_90", element=4)
+
+
+def test_tables_are_written_as_they_are_read(tmp_path, monkeypatch):
+    rules = tiles.table("sm_90")
+    before = (tiles.CONFIGS / "sm_90.json").read_text()
+    monkeypatch.setattr(tiles, "CONFIGS", tmp_path)
+    tiles.write("sm_90", rules)
+    assert (tmp_path / "sm_90.json").read_text() == before
+    assert json.loads(before) == rules
