@@ -42,15 +42,16 @@ def run_demo(prompt: str, *, max_new_tokens: int, cache: Path | None, device: st
         if not stream_text(model, tokenizer, ids, max_new_tokens, collect=streamed):
             return False
         trace, info, plan, store = model.runner.trace, model.runner.reader_info(), model.runner.plan, model.runner.store
-        spans = make_report(trace, "decode")
         link = "SSD → host → device" if model.runner.copies else "SSD → host"
         alone = {link: sweep_seconds(model)}
     resident_tokens, alone["compute"] = _resident_run(folder, options, store, ids, max_new_tokens)
     console.print()
     console.print(plan.describe(), highlight=False)
     kept = ", ".join(f"{name} {format_bytes(tensor.nbytes)}" for name, tensor in store.resident.items())
-    console.print(f"resident: {kept}{' (embedding is the head too)' if store.config.tie_word_embeddings else ''}", highlight=False)
-    console.print(render([make_report(trace, "prefill"), make_report(trace, "decode", alone) if spans else None], info))
+    console.print(
+        f"resident: {kept}{' (embedding is the head too)' if store.config.tie_word_embeddings else ''}", highlight=False
+    )
+    console.print(render([make_report(trace, "prefill"), make_report(trace, "decode", alone)], info))
     same = streamed == resident_tokens
     console.print(f"  tokens identical to the resident model: [bold]{'yes' if same else 'NO'}[/]", highlight=False)
     if not same:
@@ -68,8 +69,6 @@ def sweep_seconds(model: StreamedLlama) -> float:
     return statistics.median(times[1:])
 
 
-
-
 def _resident_run(
     folder: Path, options: Options, store: Store, ids: torch.Tensor, max_new_tokens: int
 ) -> tuple[list[int], float]:
@@ -78,9 +77,7 @@ def _resident_run(
     tiers: dict[Sublayer, Tier] = dict.fromkeys(order(store.config.num_layers), place)
     with load(folder, **asdict(options), tiers=tiers) as model, torch.inference_mode():
         ids = ids.to(model.device)
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **GREEDY
-        )
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **GREEDY)
         report = make_report(model.runner.trace, "decode")
     return output[0, ids.shape[1] :].tolist(), report.seconds_per_pass if report else 0.0
 

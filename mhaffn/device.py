@@ -41,8 +41,8 @@ class Device(Protocol):
     def compute_after(self, event: Event) -> None:
         """Work queued from now on on the caller's compute stream runs after ``event``."""
 
-    def span(self, lane: Lane, sublayer: Sublayer, start: Event, end: Event, nbytes: int = 0) -> None:
-        """Reports the time between two marks to the trace, once both have passed."""
+    def span(self, lane: Lane, sublayer: Sublayer, number: int, start: Event, end: Event, nbytes: int = 0) -> None:
+        """Reports the time between two marks to the trace, for pass ``number``, once both have passed."""
 
     def settle(self) -> None:
         """Waits for the copy stream and the compute stream; reports what is left."""
@@ -82,8 +82,8 @@ class HostDevice:
     def compute_after(self, event: Event) -> None:
         pass
 
-    def span(self, lane: Lane, sublayer: Sublayer, start: Any, end: Any, nbytes: int = 0) -> None:
-        self._trace.add(lane, sublayer, start.time_s, end.time_s, nbytes)
+    def span(self, lane: Lane, sublayer: Sublayer, number: int, start: Any, end: Any, nbytes: int = 0) -> None:
+        self._trace.add(lane, sublayer, number, start.time_s, end.time_s, nbytes)
 
     def settle(self) -> None:
         pass
@@ -98,7 +98,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._trace = trace
         self._stream = torch.cuda.Stream(self.torch_device)
-        self._pending: dict[Lane, deque[tuple[Sublayer, torch.cuda.Event, torch.cuda.Event, int]]] = {
+        self._pending: dict[Lane, deque[tuple[Sublayer, int, torch.cuda.Event, torch.cuda.Event, int]]] = {
             lane: deque() for lane in LANES
         }
         self._lock = threading.Lock()
@@ -123,9 +123,9 @@ class CudaDevice:
     def compute_after(self, event: Any) -> None:
         torch.cuda.current_stream(self.torch_device).wait_event(event)
 
-    def span(self, lane: Lane, sublayer: Sublayer, start: Any, end: Any, nbytes: int = 0) -> None:
+    def span(self, lane: Lane, sublayer: Sublayer, number: int, start: Any, end: Any, nbytes: int = 0) -> None:
         with self._lock:
-            self._pending[lane].append((sublayer, start, end, nbytes))
+            self._pending[lane].append((sublayer, number, start, end, nbytes))
             self._report(lane)
 
     def settle(self) -> None:
@@ -143,10 +143,10 @@ class CudaDevice:
     def _report(self, lane: Lane) -> None:
         """Hands the lane's spans whose end has passed to the trace; a lane's spans end in order."""
         pending = self._pending[lane]
-        while pending and pending[0][2].query():
-            sublayer, start, end, nbytes = pending.popleft()
+        while pending and pending[0][3].query():
+            sublayer, number, start, end, nbytes = pending.popleft()
             start_s, end_s = (self._zero_s + self._zero.elapsed_time(event) / 1e3 for event in (start, end))
-            self._trace.add(lane, sublayer, start_s, end_s, nbytes)
+            self._trace.add(lane, sublayer, number, start_s, end_s, nbytes)
 
 
 def wants_copies(device: str | torch.device | None) -> bool:

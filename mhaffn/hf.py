@@ -26,7 +26,7 @@ from mhaffn.store import Store, resolve
 CONTEXT = 4096
 
 
-class StreamedLlama(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class StreamedLlama(PreTrainedModel, GenerationMixin):
     """A Llama-class causal language model whose decoder weights are streamed, sublayer by sublayer.
 
     Made by :func:`mhaffn.load`. It holds no parameters: weights belong to ``runner``. For inference only.
@@ -71,7 +71,8 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self._refuse(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
-        x = self.runner.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.runner.embed(input_ids) if input_ids is not None else inputs_embeds
+        assert x is not None  # one of the two was given
         if past_key_values is None and use_cache is not False:
             past_key_values = DynamicCache(config=self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -82,7 +83,8 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         hidden = self.runner.forward(x, context)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
-            logits=self.runner.head(hidden[:, keep]), past_key_values=past_key_values if use_cache is not False else None
+            logits=self.runner.head(hidden[:, keep]),
+            past_key_values=past_key_values if use_cache is not False else None,
         )
 
     def _context(

@@ -85,6 +85,11 @@ def view(memory: torch.Tensor, offset: int, tensor: TensorInfo) -> torch.Tensor:
     return raw.view(dtype).view(tensor.shape)
 
 
+def as_buffer(memory: torch.Tensor) -> memoryview:
+    """The bytes of a host tensor (uint8), for hashing."""
+    return memoryview(memory.numpy())  # type: ignore[arg-type]
+
+
 def check_digest(records: SublayerRecords, digest: str) -> None:
     """Raises :class:`ChecksumError` unless ``digest`` (XXH3-64, hex) is what was packed."""
     if digest != records.checksum:

@@ -13,7 +13,7 @@ import xxhash
 from mhaffn.config import Sublayer
 from mhaffn.device import CudaDevice, HostDevice
 from mhaffn.errors import ReadError
-from mhaffn.image import Image, Weights, check_digest, extent_of, view
+from mhaffn.image import Image, Weights, as_buffer, check_digest, extent_of, view
 from mhaffn.plan import Plan
 from mhaffn.reader import Extent, PinnedArena, Reader, Request, Slot
 from mhaffn.store import Store
@@ -151,7 +151,7 @@ def _in_turn(reader: Reader, arena: PinnedArena, jobs: list[list[Extent]]) -> It
 def _hash(image: Image, memory: torch.Tensor, placements: Iterable[int]) -> str:
     digest = xxhash.xxh3_64()
     for tensor, offset in zip(image.records.tensors, placements, strict=True):
-        digest.update(memory[offset : offset + tensor.nbytes].numpy())
+        digest.update(as_buffer(memory[offset : offset + tensor.nbytes]))
     return digest.hexdigest()
 
 
@@ -177,7 +177,7 @@ def _load_to_device(
             for tensor, offset in zip(image.records.tensors, image.offsets, strict=True):
                 for piece in _pieces(reader, arena, tensor, memory[offset : offset + tensor.nbytes], count):
                     if digest is not None:
-                        digest.update(piece.numpy())
+                        digest.update(as_buffer(piece))
             if digest is not None:
                 check_digest(image.records, digest.hexdigest())
             residents.weights[image.records.sublayer] = image.views(memory)

@@ -38,7 +38,7 @@ class Context:
     """What all layers of one pass share.
 
     ``cos`` and ``sin`` are ``[1 or B, T, K/2]`` float32. ``mask`` is bool ``[B, 1, T, S]``, True where a query
-    may look; None means plainly causal.
+    may look; None means plainly causal: a prompt that sees itself alone, or one token that sees all.
     """
 
     cos: torch.Tensor
@@ -67,6 +67,8 @@ class MHA(nn.Module):
             if context.cache is not None:
                 keys, values = context.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
                 k, v = keys.transpose(1, 2), values.transpose(1, 2)
+                if context.mask is None and T > 1:  # a static cache returns room for more than was written
+                    k, v = k[:, :T], v[:, :T]
             y = ops.attention(q, k, v, causal=context.mask is None, mask=context.mask)
             return linear(y.reshape(B, T, -1), w.wo)
 
@@ -93,5 +95,6 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """``[B, T, D]`` to ``[B, T, D]``."""
-        h = x + self.mha(x, context)
-        return h + self.ffn(h)
+        h: torch.Tensor = x + self.mha(x, context)
+        h = h + self.ffn(h)
+        return h

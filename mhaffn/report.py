@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mhaffn.config import KINDS, Kind, format_bytes
 from mhaffn.reader import ReaderInfo
-from mhaffn.trace import Lane, PassSpan, Phase, Trace
+from mhaffn.trace import Lane, PassSpan, Phase, Span, Trace
 
 LANE_NAMES: dict[Lane, str] = {"mha": "compute", "ffn": "compute", "h2d": "host → device", "ssd": "SSD → host"}
 
@@ -62,22 +62,23 @@ class Report:
 
 def make_report(trace: Trace, phase: Phase, alone: Mapping[str, float] | None = None) -> Report | None:
     """The report of the passes of ``phase``; None if there were none."""
-    passes = [run for run in trace.passes if run.phase == phase]
+    passes, spans = trace.kept(phase)
     if not passes:
         return None
-    rows = tuple(
-        Row(kind, lane, total.nbytes / len(passes), total.seconds / len(passes))
-        for kind in KINDS
-        for lane in (kind, "h2d", "ssd")
-        if (total := trace.totals.get((phase, lane, kind))) is not None  # type: ignore[arg-type]
-    )
+    rows = []
+    for kind in KINDS:
+        for lane in (kind, "h2d", "ssd"):
+            of_lane = [span for span in spans if span.lane == lane and span.sublayer.kind == kind]
+            if of_lane:
+                seconds = sum(span.end_s - span.start_s for span in of_lane) / len(passes)
+                rows.append(Row(kind, lane, sum(span.nbytes for span in of_lane) / len(passes), seconds))
     return Report(
         phase=phase,
         passes=len(passes),
         tokens=sum(run.tokens for run in passes),
         seconds_per_pass=_seconds_per_pass(passes),
-        rows=rows,
-        links=alone or _busy(rows),
+        rows=tuple(rows),
+        links=alone or _busy(passes, spans),
         links_measured_alone=alone is not None,
     )
 
@@ -89,11 +90,13 @@ def _seconds_per_pass(passes: Sequence[PassSpan]) -> float:
     return passes[0].end_s - passes[0].start_s
 
 
-def _busy(rows: Sequence[Row]) -> dict[str, float]:
+def _busy(passes: Sequence[PassSpan], spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds a pass each link worked within the passes; what ran before the first one did not cost them time."""
     links: dict[str, float] = {}
-    for row in rows:
-        name = LANE_NAMES[row.lane]
-        links[name] = links.get(name, 0.0) + row.seconds
+    for span in spans:
+        seconds = span.end_s - max(span.start_s, min(passes[0].start_s, span.end_s))
+        name = LANE_NAMES[span.lane]
+        links[name] = links.get(name, 0.0) + seconds / len(passes)
     return links
 
 
@@ -128,18 +131,18 @@ def _table(report: Report) -> Table:
 
 
 def _bound_line(report: Report) -> str:
-    how = "measured alone" if report.links_measured_alone else "busy time in this run"
-    links = ", ".join(f"{link} {seconds * 1e3:.1f}" for link, seconds in report.links.items())
+    how = "measured alone" if report.links_measured_alone else "busy in this run"
+    links = ", ".join(f"{link} {seconds * 1e3:.1f} ms" for link, seconds in report.links.items())
     rate = report.tokens / report.passes / report.seconds_per_pass
     return (
-        f"  pass {report.seconds_per_pass * 1e3:.1f} ms ({rate:.2f} tokens/s); bound {report.bound_s * 1e3:.1f} ms "
-        f"by {report.bound_link}; {report.share:.0%} of the bound reached\n"
-        f"  links, ms a pass, {how}: {links}"
+        f"  pass      {report.seconds_per_pass * 1e3:.1f} ms ({rate:.2f} tokens/s)\n"
+        f"  links     {links} a pass, {how}\n"
+        f"  bound     {report.bound_s * 1e3:.1f} ms, by {report.bound_link}: {report.share:.0%} of it reached\n"
     )
 
 
 def engine_line(info: ReaderInfo) -> str:
     """The engine and mode that really read, and each fallback with its reason."""
     mode = "O_DIRECT" if info.direct == "on" else "buffered"
-    line = f"  read by {info.engine}, {mode}"
-    return "\n".join([line, *(f"  fallback: {reason}" for reason in info.reasons)])
+    line = f"  engine    {info.engine}, {mode}"
+    return "\n".join([line, *(f"  fallback  {reason}" for reason in info.reasons)])

@@ -5,21 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.nn.functional import embedding, linear
 
 from mhaffn import ops
-from mhaffn.config import ModelConfig, Sublayer
+from mhaffn.config import Sublayer
 from mhaffn.device import open_device
 from mhaffn.errors import StreamError
 from mhaffn.image import Image
-from mhaffn.memory import Residents, load_residents
+from mhaffn.memory import load_residents
 from mhaffn.modules import FFN, MHA, Block, Context
 from mhaffn.plan import Plan
-from mhaffn.reader import PinnedArena, Reader, ReaderInfo
+from mhaffn.reader import ArenaInfo, PinnedArena, Reader, ReaderInfo
 from mhaffn.store import Store
 from mhaffn.stream import Stream
 from mhaffn.trace import Phase, Trace
@@ -86,7 +85,7 @@ class Runner:
             raise StreamError("another pass is running on this model; a streamed model runs one at a time")
         try:
             phase: Phase = "prefill" if x.shape[1] > 1 else "decode"
-            with self.trace.forward_pass(phase, x.shape[0] * x.shape[1]):
+            with self.trace.one_pass(phase, x.shape[0] * x.shape[1]):
                 for block in self.blocks:
                     x = block(x, context)
             return ops.rms_norm(x, self._resident["norm"], self.config.norm_eps)
@@ -100,10 +99,11 @@ class Runner:
 
     def sweep(self) -> None:
         """One pass over all weights without compute: what the links alone take. Not for use during a pass."""
-        for sublayer in self.plan.tiers:
-            with self._stream.weights(sublayer):
-                pass
-        self._target.settle()
+        with self.trace.one_pass("sweep", 0):
+            for sublayer in self.plan.tiers:
+                self._stream.acquire(sublayer)
+                self._stream.release(sublayer)
+            self._target.settle()
 
     @property
     def _resident(self) -> dict[str, torch.Tensor]:
@@ -114,6 +114,10 @@ class Runner:
     def reader_info(self) -> ReaderInfo:
         """The engine and mode that really read, and why."""
         return self._reader.info()
+
+    def staging_info(self) -> ArenaInfo | None:
+        """The staging memory and the most of it that was in use at once; None where nothing is read."""
+        return self._staging.info() if self._staging is not None else None
 
     def close(self) -> None:
         """Ends all transfers and frees all memory; may be called more than once."""

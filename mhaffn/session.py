@@ -24,7 +24,6 @@ from mhaffn.report import make_report, render
 from mhaffn.runner import Runner
 from mhaffn.store import resolve
 
-
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -70,7 +69,8 @@ def generate(
         console.print(loaded.runner.plan.describe(), highlight=False)
         finished = stream_text(loaded, tokenizer, ids, new_tokens, temperature=temperature, seed=seed)
         runner = loaded.runner
-        console.print(render([make_report(runner.trace, "prefill"), make_report(runner.trace, "decode")], runner.reader_info()))
+        reports = [make_report(runner.trace, phase) for phase in ("prefill", "decode")]
+        console.print(render(reports, runner.reader_info()))
         if not finished:
             console.print("interrupted", style="yellow")
         if trace is not None:
@@ -98,6 +98,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool, consol
         messages = [{"role": "user", "content": prompt}]
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
         ids = encoded if isinstance(encoded, torch.Tensor) else encoded["input_ids"]
+    assert isinstance(ids, torch.Tensor)  # asked for by return_tensors
     if ids.shape[1] == 0:
         raise ConfigError("got an empty prompt, expected at least one token")
     return ids
@@ -158,7 +159,7 @@ def stream_text(
     return True
 
 
-class _TerminalText(TextStreamer):  # type: ignore[misc]
+class _TerminalText(TextStreamer):
     """Prints text as it becomes final. On a terminal a last line shows tokens/s and SSD GiB/s meanwhile."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, runner: Runner) -> None:

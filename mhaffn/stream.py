@@ -123,10 +123,10 @@ class Stream:
         self._freed: Event | None = None
         self._error: BaseException | None = None
         self._closed = self._stopping = False
-        self._next = self._next_read = 0
+        self._next = self._next_read = self._moving_pass = 0
         self._mover: threading.Thread | None = None
         if self._cycle:
-            self._start(0)
+            self._start(0, number=1)
 
     @contextmanager
     def weights(self, sublayer: Sublayer) -> Iterator[Weights]:
@@ -137,7 +137,7 @@ class Stream:
             yield weights
         finally:
             ended = self._device.mark_compute()
-            self._device.span(sublayer.kind, sublayer, started, ended)
+            self._device.span(sublayer.kind, sublayer, self._trace.number, started, ended)
             self.release(sublayer, ended)
 
     def acquire(self, sublayer: Sublayer) -> Weights:
@@ -152,7 +152,7 @@ class Stream:
             return resident
         if self._cycle[self._next] != sublayer:
             self._stop()
-            self._start(self._cycle.index(sublayer))
+            self._start(self._cycle.index(sublayer), self._trace.number)
         arrival = self._await_arrival()
         self._next = (self._next + 1) % len(self._cycle)
         self._held.append(arrival)
@@ -193,8 +193,8 @@ class Stream:
                 self._change.wait(timeout=1.0)
             return self._arrivals.popleft()
 
-    def _start(self, index: int) -> None:
-        """Starts the cycle at its sublayer ``index``, with all rings empty."""
+    def _start(self, index: int, number: int) -> None:
+        """Starts the cycle at its sublayer ``index`` of pass ``number``, with all rings empty."""
         if self._error is not None:
             raise self._error
         position = self._positions[self._cycle[index]]
@@ -203,7 +203,7 @@ class Stream:
         self._stopping = False
         with self._change:
             self._submit_reads()
-        self._mover = threading.Thread(target=self._move, args=(index,), name="mhaffn-mover", daemon=True)
+        self._mover = threading.Thread(target=self._move, args=(index, number), name="mhaffn-mover", daemon=True)
         self._mover.start()
 
     def _stop(self) -> None:
@@ -252,13 +252,15 @@ class Stream:
 
     # What the mover thread does.
 
-    def _move(self, index: int) -> None:
+    def _move(self, index: int, number: int) -> None:
         try:
-            for sublayer in itertools.islice(itertools.cycle(self._cycle), index, None):
-                if self.plan.tiers[sublayer] == "dram":
-                    self._move_from_dram(sublayer)
-                else:
-                    self._move_from_ssd()
+            for self._moving_pass in itertools.count(number):
+                for sublayer in self._cycle[index:]:
+                    if self.plan.tiers[sublayer] == "dram":
+                        self._move_from_dram(sublayer)
+                    else:
+                        self._move_from_ssd()
+                index = 0
         except _StoppedError:
             pass
         except BaseException as error:
@@ -311,7 +313,7 @@ class Stream:
                         digest.update(buffer[source : source + nbytes])
                     yield Segment(source, segment.target + start, nbytes)
         request.wait()
-        self._trace.add("ssd", read.sublayer, request.started_s, request.finished_s, records.nbytes)
+        self._trace.add("ssd", read.sublayer, self._moving_pass, request.started_s, request.finished_s, records.nbytes)
         if digest is not None:
             check_digest(records, digest.hexdigest())
 
@@ -332,7 +334,7 @@ class Stream:
             slot[segment.target : segment.target + segment.nbytes],
             memory[segment.source : segment.source + segment.nbytes],
         )
-        self._device.span("h2d", sublayer, started, self._device.mark_copy(), segment.nbytes)
+        self._device.span("h2d", sublayer, self._moving_pass, started, self._device.mark_copy(), segment.nbytes)
 
     def _arrive(self, arrival: _Arrival) -> None:
         with self._change:

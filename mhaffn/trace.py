@@ -1,31 +1,32 @@
-"""What each link did and when: spans on four lanes, and their sums by phase."""
+"""What each link did and when: spans on four lanes, pass by pass."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mhaffn.config import Kind, Sublayer
+from mhaffn.config import Sublayer
 
 Lane = Literal["ssd", "h2d", "mha", "ffn"]
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "sweep"]
 LANES: tuple[Lane, ...] = ("ssd", "h2d", "mha", "ffn")
 SPANS_MAX = 200_000
 
 
 @dataclass(frozen=True)
 class Span:
-    """Work of one link on one sublayer; times in seconds of ``time.perf_counter``."""
+    """Work of one link on one sublayer for pass ``number``; times in seconds of ``time.perf_counter``."""
 
     lane: Lane
     sublayer: Sublayer
+    number: int
     start_s: float
     end_s: float
     nbytes: int
@@ -33,65 +34,54 @@ class Span:
 
 @dataclass(frozen=True)
 class PassSpan:
-    """One forward pass over all sublayers."""
+    """One pass over all sublayers: a forward pass, or a sweep, which moves weights and computes nothing."""
 
+    number: int
     phase: Phase
     tokens: int
     start_s: float
     end_s: float
 
 
-@dataclass
-class Total:
-    """Sums over spans: how many, how long (seconds), how much (bytes)."""
-
-    count: int = 0
-    seconds: float = 0.0
-    nbytes: int = 0
-
-
 class Trace:
-    """Collects spans from any thread. Sums cover the whole run; only the last spans are kept.
+    """Collects the spans of every pass, from any thread; the last :data:`SPANS_MAX` are kept.
 
-    A link serves one sublayer at a time: a span that starts before its lane's last one ended is
-    cut to start there, so that the seconds of a lane never exceed the time that passed. Work
-    counts for the phase in which it ended: a prefetch across passes belongs to the pass it ran in.
+    Passes are numbered from 1. What is prefetched for the next pass carries that pass's number. A link
+    serves one sublayer at a time: a span that starts before its lane's last one ended is cut to start
+    there, so that the seconds of a lane never exceed the time that passed.
     """
 
     def __init__(self) -> None:
         self.spans: deque[Span] = deque(maxlen=SPANS_MAX)
         self.passes: deque[PassSpan] = deque(maxlen=SPANS_MAX)
-        self.totals: dict[tuple[Phase, Lane, Kind], Total] = defaultdict(Total)
-        self.phase: Phase = "prefill"
+        self.number = 0
         self._lane_end_s: dict[Lane, float] = dict.fromkeys(LANES, 0.0)
         self._lock = threading.Lock()
 
-    def add(self, lane: Lane, sublayer: Sublayer, start_s: float, end_s: float, nbytes: int = 0) -> None:
+    def add(self, lane: Lane, sublayer: Sublayer, number: int, start_s: float, end_s: float, nbytes: int = 0) -> None:
         with self._lock:
             start_s = min(max(start_s, self._lane_end_s[lane]), end_s)
             self._lane_end_s[lane] = end_s
-            self.spans.append(Span(lane, sublayer, start_s, end_s, nbytes))
-            total = self.totals[self.phase, lane, sublayer.kind]
-            total.count += 1
-            total.seconds += end_s - start_s
-            total.nbytes += nbytes
+            self.spans.append(Span(lane, sublayer, number, start_s, end_s, nbytes))
 
     @contextmanager
-    def forward_pass(self, phase: Phase, tokens: int) -> Iterator[None]:
+    def one_pass(self, phase: Phase, tokens: int) -> Iterator[None]:
         """Marks one pass of ``tokens`` positions; a pass that raises is not recorded."""
         start_s = time.perf_counter()
         with self._lock:
-            self.phase = phase
+            self.number += 1
         yield
         with self._lock:
-            self.passes.append(PassSpan(phase, tokens, start_s, time.perf_counter()))
+            self.passes.append(PassSpan(self.number, phase, tokens, start_s, time.perf_counter()))
 
-    def clear(self) -> None:
-        """Forgets everything seen so far."""
+    def kept(self, phase: Phase) -> tuple[list[PassSpan], list[Span]]:
+        """The passes of ``phase`` whose spans are all still kept, and those spans."""
         with self._lock:
-            self.spans.clear()
-            self.passes.clear()
-            self.totals.clear()
+            spans, passes = list(self.spans), list(self.passes)
+        first = spans[0].number + 1 if len(spans) == SPANS_MAX else 0
+        passes = [run for run in passes if run.phase == phase and run.number >= first]
+        numbers = {run.number for run in passes}
+        return passes, [span for span in spans if span.number in numbers]
 
     def write_chrome(self, path: str | Path) -> None:
         """Writes the kept spans as Chrome trace JSON: open it in Perfetto or chrome://tracing."""
@@ -103,7 +93,7 @@ class Trace:
         ]
         for span in spans:
             event = _event(str(span.sublayer), LANES.index(span.lane) + 1, span.start_s, span.end_s)
-            events.append(event | {"args": {"bytes": span.nbytes}})
+            events.append(event | {"args": {"bytes": span.nbytes, "pass": span.number}})
         for run in passes:
             events.append(_event(f"{run.phase} ({run.tokens} tokens)", 0, run.start_s, run.end_s))
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")

@@ -1,0 +1,233 @@
+"""The streamed model against transformers' own on the same weights."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache, TextIteratorStreamer
+
+import mhaffn
+from mhaffn.config import Sublayer, order
+from mhaffn.errors import ConfigError, StreamError
+from tests.conftest import Model
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gqa 9/3": {},
+    "mha 8/8": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8},
+    "mqa 8/1": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "wide heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+    "three shards": {"shards": 3},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        }
+    },
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    "dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        "max_position_embeddings": 32,
+    },
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}},
+    "mistral": {"kind": "mistral"},
+}  # fmt: skip
+
+
+def open_reference(folder: Path, device: str, dtype: str = "float32") -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+
+
+def streamed(folder: Path, device: str, **options: Any) -> mhaffn.StreamedLlama:
+    return mhaffn.load(folder, gpu=None, dram=None, device=device, **options)
+
+
+def prompt(batch: int = 1, length: int = 21, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 211, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_transformers_in_fp32(name: str, tiny_model: Model, device: str) -> None:
+    folder = tiny_model(**CONFIGS[name])
+    ids = prompt(2).to(device)
+    expected = open_reference(folder, device)(ids).logits
+    with streamed(folder, device) as model:
+        for _ in range(3):  # the cycle runs on through the pass boundary
+            assert (model(ids).logits - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_errs_at_most_twice_as_transformers(dtype: str, tiny_model: Model, device: str) -> None:
+    folder = tiny_model(dtype=dtype, hidden_size=576, intermediate_size=1536, num_attention_heads=9)
+    ids = prompt(2, 40).to(device)
+    truth = open_reference(folder, "cpu")(ids.cpu()).logits
+    theirs = open_reference(folder, device, dtype)(ids).logits.cpu().float()
+    with streamed(folder, device) as model:
+        ours = model(ids).logits.cpu().float()
+    assert (ours - truth).norm() <= 2 * (theirs - truth).norm()
+
+
+@torch.no_grad()
+def test_left_padded_batch(tiny_model: Model, device: str) -> None:
+    folder = tiny_model()
+    ids = prompt(3, 12).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[2, :9] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = open_reference(folder, device)(ids, attention_mask=mask, position_ids=positions).logits
+    with streamed(folder, device) as model:
+        got = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert (got - expected)[mask.bool()].abs().max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_chunked_prefill_with_caches(kind: str, tiny_model: Model, device: str) -> None:
+    folder = tiny_model()
+    reference, ids = open_reference(folder, device), prompt(2, 24).to(device)
+    expected = reference(ids).logits
+    with streamed(folder, device) as model:
+        cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=40)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([10, 1, 8, 5], dim=1)]
+    assert (torch.cat(parts, 1) - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_generate_gives_the_tokens_of_transformers(options: dict[str, Any], tiny_model: Model, device: str) -> None:
+    folder = tiny_model()
+    ids = prompt(1, 9).to(device)
+    reference = open_reference(folder, device)
+    torch.manual_seed(3)
+    expected = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **options)
+    with streamed(folder, device) as model:
+        torch.manual_seed(3)
+        got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **options)
+    assert got.tolist() == expected.tolist()
+
+
+def test_several_end_of_text_ids_come_from_generation_config(tiny_model: Model, tmp_path: Path) -> None:
+    folder = tiny_model()
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).symlink_to(path)
+    ids = prompt(1, 9)
+    with streamed(copy, "cpu") as model:
+        plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    stop = plain[0, 9 + 3].item()
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    (copy / "generation_config.json").write_text(f'{{"eos_token_id": [210, {stop}]}}')
+    with streamed(copy, "cpu") as model:
+        short = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert short[0].tolist() == plain[0, : short.shape[1]].tolist() and short[0, -1] == stop and short.shape[1] <= 13
+
+
+def test_streamer_in_a_thread(tiny_model: Model, device: str) -> None:
+    class Letters:
+        def decode(self, ids: Any, **_: Any) -> str:
+            return "".join(f"<{int(i)}> " for i in ids)
+
+    ids = prompt(1, 9).to(device)
+    with streamed(tiny_model(), device) as model:
+        streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=60)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+        thread = threading.Thread(target=model.generate, args=(ids,), kwargs=options | {"streamer": streamer})
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+        expected = model.generate(ids, **options)[0, 9:].tolist()
+    assert text.split() == [f"<{i}>" for i in expected]
+
+
+def test_a_sequence_longer_than_the_context_is_an_error(tiny_model: Model) -> None:
+    with streamed(tiny_model(), "cpu", context=16) as model:
+        with pytest.raises(ConfigError, match=r"17 tokens, expected at most 16.*context=17"):
+            model(prompt(1, 17))
+        with pytest.raises(ConfigError, match="17 tokens"):
+            model.generate(prompt(1, 14), max_new_tokens=8, do_sample=False)
+        assert model(prompt(1, 16)).logits.shape == (1, 16, 211)
+    with pytest.raises(ConfigError, match="got context = 257, expected 1 to 256"):
+        streamed(tiny_model(), "cpu", context=257)
+
+
+def test_what_it_cannot_do_it_refuses(tiny_model: Model) -> None:
+    with streamed(tiny_model(), "cpu") as model:
+        for option in ("output_attentions", "output_hidden_states"):
+            with pytest.raises(ConfigError, match=option):
+                model(prompt(), **{option: True})
+        with pytest.raises(ConfigError, match="exactly one"):
+            model()
+
+
+def test_closed_model_says_so(tiny_model: Model) -> None:
+    model = streamed(tiny_model(), "cpu")
+    model.close()
+    model.close()
+    with pytest.raises(StreamError, match="closed"):
+        model(prompt())
+
+
+@torch.no_grad()
+def test_inputs_embeds_and_logits_to_keep(tiny_model: Model, device: str) -> None:
+    ids = prompt().to(device)
+    with streamed(tiny_model(), device) as model:
+        whole = model(ids).logits
+        assert torch.equal(model(inputs_embeds=model.runner.embed(ids)).logits, whole)
+        torch.testing.assert_close(model(ids, logits_to_keep=1).logits, whole[:, -1:])
+
+
+def test_gpu_tier_and_devices_are_checked(tiny_model: Model) -> None:
+    with pytest.raises(ConfigError, match="the device is the CPU"):
+        mhaffn.load(tiny_model(), gpu="1GiB", device="cpu")
+    with pytest.raises(ConfigError, match="expected cpu or cuda"):
+        mhaffn.load(tiny_model(), gpu=None, device="meta")
+    with pytest.raises(ConfigError, match="nonsense"):
+        mhaffn.load(tiny_model(), gpu=None, device="nonsense")
+
+
+@torch.no_grad()
+def test_auto_budgets_keep_a_small_model_in_memory(tiny_model: Model, device: str) -> None:
+    folder = tiny_model()
+    with mhaffn.load(folder, device=device) as model:
+        assert model.runner.plan.streamed("ssd") == []
+        expected = open_reference(folder, device)(prompt().to(device)).logits
+        assert (model(prompt().to(device)).logits - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_copies_overlap_compute(tiny_model: Model) -> None:
+    """On a GPU some copy runs while a sublayer computes."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    folder = tiny_model(dtype="bfloat16", hidden_size=1024, intermediate_size=4096, num_attention_heads=8,
+                        num_key_value_heads=4, num_hidden_layers=8, max_position_embeddings=4096)  # fmt: skip
+    ids = prompt(4, 2048).cuda()
+    tiers = dict.fromkeys(order(8), "dram")
+    with mhaffn.load(folder, gpu=None, dram=None, device="cuda", tiers=tiers) as model:
+        for _ in range(3):
+            model(ids, use_cache=False)
+        model.runner.sweep()
+        spans = list(model.runner.trace.spans)
+    copies = [s for s in spans if s.lane == "h2d"]
+    compute = [s for s in spans if s.lane in ("mha", "ffn")]
+    overlap = sum(max(0.0, min(a.end_s, b.end_s) - max(a.start_s, b.start_s)) for a in copies for b in compute)
+    assert overlap > 0.25 * sum(s.end_s - s.start_s for s in copies)
+    assert Sublayer(0, "mha") in {s.sublayer for s in copies}

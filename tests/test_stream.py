@@ -1,0 +1,335 @@
+"""The stream: every placement gives the resident model's tokens, within its memory, and fails loudly."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mhaffn
+import mhaffn.runner
+from mhaffn.config import Sublayer, order
+from mhaffn.device import HostDevice
+from mhaffn.errors import BudgetError, ChecksumError, EngineUnavailableError, ReadError, StreamError, TruncatedFileError
+from mhaffn.plan import TIERS, Tier, make_plan
+from mhaffn.store import Store, pack
+from mhaffn.stream import ByteRing
+from tests.conftest import Model
+
+
+class CopyingHost(HostDevice):
+    """The CPU with memory of its own: streamed sublayers are copied, as to a GPU."""
+
+    copies = True
+
+
+@pytest.fixture
+def copying(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mhaffn.runner.open_device", lambda device, trace: CopyingHost(trace))
+    monkeypatch.setattr("mhaffn.hf.wants_copies", lambda device: True)
+
+
+def greedy(model: mhaffn.StreamedLlama, tokens: int = 6) -> list[int]:
+    ids = torch.tensor([[5, 17, 101, 42, 9]], device=model.device)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    result: list[int] = output[0].tolist()
+    return result
+
+
+def resident_tokens(folder: Path, tokens: int = 6) -> list[int]:
+    layers = Store.open(folder).config.num_layers
+    with mhaffn.load(folder, device="cpu", tiers=dict.fromkeys(order(layers), "dram")) as model:
+        return greedy(model, tokens)
+
+
+PLACEMENTS = list(itertools.product(TIERS, repeat=4))
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "threads"])
+def test_every_placement_gives_the_resident_tokens(engine: Any, tiny_model: Model) -> None:
+    folder = tiny_model(num_hidden_layers=2)
+    expected = resident_tokens(folder)
+    for tiers in PLACEMENTS:
+        with load_placed(folder, tiers, engine=engine, device="cpu") as model:
+            assert greedy(model) == expected, tiers
+
+
+@pytest.mark.usefixtures("copying")
+def test_every_placement_with_copies(tiny_model: Model) -> None:
+    folder = tiny_model(num_hidden_layers=2)
+    expected = resident_tokens(folder)
+    for tiers in PLACEMENTS:
+        with load_placed(folder, tiers) as model:
+            assert greedy(model) == expected, tiers
+
+
+@pytest.mark.gpu
+def test_every_placement_on_the_gpu(tiny_model: Model) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    folder = tiny_model(num_hidden_layers=2)
+    with load_placed(folder, ("gpu",) * 4, device="cuda") as model:
+        expected = greedy(model)
+    for tiers in PLACEMENTS:
+        with load_placed(folder, tiers, device="cuda") as model:
+            assert greedy(model) == expected, tiers
+
+
+def load_placed(folder: Path, tiers: tuple[Tier, ...], **options: Any) -> mhaffn.StreamedLlama:
+    try:
+        return mhaffn.load(
+            folder, gpu=None, dram=None, strict=options.get("engine") is not None,
+            tiers=dict(zip(order(len(tiers) // 2), tiers, strict=True)), **options,
+        )  # fmt: skip
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+
+
+def test_staging_keeps_to_its_budget_and_later_passes_allocate_nothing(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    arena = mhaffn.runner.PinnedArena
+
+    def counted(nbytes: int, **options: Any) -> Any:
+        made.append(nbytes)
+        return arena(nbytes, **options)
+
+    monkeypatch.setattr("mhaffn.runner.PinnedArena", counted)
+    folder = tiny_model(hidden_size=576, intermediate_size=4096, num_hidden_layers=12)
+    plan = make_plan(Store.open(folder).config, "float32", copies=False, prefetch=1)
+    weights = sum(records.nbytes for records in Store.open(folder).sublayers.values())
+    assert plan.staging_bytes < weights / 4
+    with mhaffn.load(folder, gpu=None, dram=plan.staging_bytes, device="cpu") as model:
+        assert model.runner.plan.staging_bytes == plan.staging_bytes
+        greedy(model, 2)
+        before = rss()
+        for _ in range(4):
+            greedy(model, 4)
+        assert made == [plan.staging_bytes]
+        info = model.runner.staging_info()
+        assert info is not None and 0 < info.peak_leased_bytes <= plan.staging_bytes
+        assert rss() - before < 4 << 20
+    with pytest.raises(BudgetError, match=r"at least .*\(\d+ bytes\)"):
+        mhaffn.load(folder, gpu=None, dram=plan.staging_bytes - 1, device="cpu")
+
+
+def rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_rss_of_a_streamed_model_is_staging_and_residents_not_the_model(tiny_model: Model) -> None:
+    folder = tiny_model(hidden_size=576, intermediate_size=4096, num_hidden_layers=12)
+    store = Store.open(folder)
+    weights = sum(records.nbytes for records in store.sublayers.values())
+    plan = make_plan(store.config, "float32", copies=False, prefetch=1)
+    with mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu") as warm_up:
+        greedy(warm_up)
+    before = rss()
+    with mhaffn.load(folder, gpu=None, dram=plan.staging_bytes, device="cpu") as model:
+        greedy(model)
+        assert rss() - before < plan.staging_bytes + 24 * 2**20 < weights
+
+
+def test_the_trace_counts_every_byte_once_a_pass(tiny_model: Model) -> None:
+    folder = tiny_model()
+    store = Store.open(folder)
+    with mhaffn.load(folder, gpu=None, dram=None, device="cpu") as model:
+        greedy(model, 5)
+        model.close()
+        spans = list(model.runner.trace.spans)
+    for sublayer, records in store.sublayers.items():
+        reads = [s for s in spans if s.lane == "ssd" and s.sublayer == sublayer]
+        computes = [s for s in spans if s.lane == sublayer.kind and s.sublayer == sublayer]
+        assert len(computes) == 5 and len(reads) >= 5
+        assert all(read.nbytes == records.nbytes for read in reads)
+    assert [s.sublayer for s in spans if s.lane in ("mha", "ffn")] == list(order(3)) * 5
+
+
+def test_a_pass_that_ends_early_starts_again_at_the_first_sublayer(tiny_model: Model) -> None:
+    folder = tiny_model()
+    expected = resident_tokens(folder)
+    with mhaffn.load(folder, gpu=None, dram=None, device="cpu") as model:
+        for stop_at in (Sublayer(0, "ffn"), Sublayer(2, "mha")):
+            fail_once_at(model, stop_at)
+            with pytest.raises(ZeroDivisionError):
+                greedy(model)
+            assert greedy(model) == expected
+
+
+def fail_once_at(model: mhaffn.StreamedLlama, sublayer: Sublayer) -> None:
+    block = model.runner.blocks[sublayer.layer]
+    module = block.mha if sublayer.kind == "mha" else block.ffn
+
+    def fail(*_: Any) -> None:
+        handle.remove()
+        raise ZeroDivisionError
+
+    handle = module.register_forward_pre_hook(fail)
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "threads"])
+def test_a_file_that_shrinks_ends_the_run_and_the_next_model_works(
+    engine: Any, tiny_model: Model, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model(dtype="bfloat16", hidden_size=576), tmp_path / "model")
+    expected = resident_tokens(folder)
+    path = folder / "model.safetensors"
+    size, content = path.stat().st_size, path.read_bytes()
+    with mhaffn.load(folder, gpu=None, dram=None, device="cpu", engine=engine) as model:
+        assert greedy(model) == expected
+        os.truncate(path, size // 2)
+        with pytest.raises(TruncatedFileError, match=path.name) as caught:
+            for _ in range(8):
+                greedy(model)
+        assert size // 2 <= caught.value.offset + 4096
+        with pytest.raises(TruncatedFileError):
+            greedy(model)
+    path.write_bytes(content)
+    with mhaffn.load(folder, gpu=None, dram=None, device="cpu", engine=engine) as model:
+        assert greedy(model) == expected
+
+
+def load_and_run(folder: Path, **options: Any) -> None:
+    with mhaffn.load(folder, gpu=None, dram=None, **options) as model:
+        greedy(model)
+
+
+def test_a_flipped_bit_is_found_before_it_becomes_text(tiny_model: Model, tmp_path: Path) -> None:
+    store = pack(tiny_model(), tmp_path / "store")
+    path = Path(store.sublayers[Sublayer(1, "ffn")].tensors[0].path)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    for tiers in (None, dict.fromkeys(order(3), "dram")):
+        with pytest.raises(ChecksumError, match=r"layer 1 ffn is damaged.*--no-verify"):
+            load_and_run(store.path, device="cpu", tiers=tiers)
+        load_and_run(store.path, device="cpu", tiers=tiers, verify=False)
+
+
+@pytest.mark.usefixtures("copying")
+def test_a_flipped_bit_is_found_on_its_way_to_the_device(tiny_model: Model, tmp_path: Path) -> None:
+    store = pack(tiny_model(), tmp_path / "store")
+    path = Path(store.sublayers[Sublayer(2, "mha")].tensors[0].path)
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 128
+    path.write_bytes(content)
+    for tiers in (None, dict.fromkeys(order(3), "gpu"), dict.fromkeys(order(3), "dram")):
+        with pytest.raises(ChecksumError, match="layer 2 mha"):
+            load_and_run(store.path, tiers=tiers)
+
+
+def test_a_missing_file_is_named(tiny_model: Model, tmp_path: Path) -> None:
+    store = pack(tiny_model(), tmp_path / "a folder with spaces – und Umlauten äöü")
+    path = Path(store.sublayers[Sublayer(1, "mha")].tensors[0].path)
+    with mhaffn.load(store.path, gpu=None, dram=None, device="cpu") as model:
+        greedy(model)
+    content = path.read_bytes()
+    opened = Store.open(store.path)
+    path.unlink()
+    with pytest.raises(ReadError, match="layer-001-mha"):
+        runner = mhaffn.runner.Runner(opened, make_plan(opened.config, "float32", copies=False), device="cpu")
+        try:
+            for _ in range(2):
+                runner.sweep()
+        finally:
+            runner.close()
+    path.write_bytes(content)
+
+
+def test_odd_offsets_in_a_foreign_file_are_read_right(tiny_model: Model, tmp_path: Path) -> None:
+    """A header of odd length puts every tensor at an odd address, where no typed view exists."""
+    folder = shutil.copytree(tiny_model(dtype="bfloat16"), tmp_path / "model")
+    expected = resident_tokens(tiny_model(dtype="bfloat16"))
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    path.write_bytes((length + 3).to_bytes(8, "little") + content[8 : 8 + length] + b"   " + content[8 + length :])
+    with mhaffn.load(folder, gpu=None, dram=None, device="cpu") as model:
+        assert greedy(model) == expected
+
+
+def test_two_passes_at_once_are_refused(tiny_model: Model) -> None:
+    with mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu") as model:
+        entered, go_on = threading.Event(), threading.Event()
+
+        def wait(*_: Any) -> None:
+            entered.set()
+            go_on.wait(20)
+
+        model.runner.blocks[1].register_forward_pre_hook(wait)
+        thread = threading.Thread(target=greedy, args=(model, 1))
+        thread.start()
+        assert entered.wait(20)
+        with pytest.raises(StreamError, match="another pass is running"):
+            greedy(model)
+        go_on.set()
+        thread.join()
+
+
+def test_close_in_the_middle_of_a_pass_is_quick_and_final(tiny_model: Model) -> None:
+    model = mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu")
+    greedy(model, 1)
+    started = time.perf_counter()
+    model.close()
+    assert time.perf_counter() - started < 5
+    assert not [t for t in threading.enumerate() if t.name.startswith("mhaffn")]
+
+
+def test_two_models_stream_the_same_store_at_once(tiny_model: Model) -> None:
+    folder = tiny_model()
+    expected = resident_tokens(folder)
+    with (
+        mhaffn.load(folder, gpu=None, dram=None, device="cpu") as first,
+        mhaffn.load(folder, gpu=None, dram=None, device="cpu") as second,
+    ):
+        results: list[list[int]] = []
+        threads = [threading.Thread(target=lambda m=m: results.append(greedy(m))) for m in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == [expected, expected]
+
+
+@given(st.integers(1, 40), st.lists(st.one_of(st.integers(1, 30), st.none()), max_size=60))
+def test_a_byte_ring_never_hands_out_bytes_twice(capacity: int, steps: list[int | None]) -> None:
+    ring, taken = ByteRing(capacity), deque[tuple[int, int]]()
+    for nbytes in steps:
+        if nbytes is None:
+            if taken:
+                taken.popleft()
+                ring.free()
+            continue
+        offset = ring.take(nbytes)
+        if offset is None:
+            # Nothing contiguous was free where the ring may place: after the newest, or at the start.
+            assert taken or nbytes > capacity
+            continue
+        assert offset >= 0 and offset + nbytes <= capacity
+        assert all(offset + nbytes <= o or o + n <= offset for o, n in taken)
+        taken.append((offset, nbytes))
+
+
+@given(st.lists(st.integers(1, 50), min_size=2, max_size=8), st.integers(1, 3))
+def test_the_planned_ring_always_holds_the_prefetch(images: list[int], prefetch: int) -> None:
+    """However the cycle drifts over the ring, ``prefetch`` sublayers fit beside the one in use."""
+    n = len(images)
+    window = max(sum(images[(i + j) % n] for j in range(prefetch + 1)) for i in range(n))
+    ring, held = ByteRing(window + max(images)), deque[int]()
+    for step in range(6 * n):
+        if len(held) == prefetch + 1:
+            held.popleft()
+            ring.free()
+        assert ring.take(images[step % n]) is not None
+        held.append(step)
