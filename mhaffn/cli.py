@@ -147,9 +147,7 @@ def doctor(
     path: Annotated[
         Path, typer.Argument(help="A folder on the disk the models lie on: its O_DIRECT and alignment are tried.")
     ] = Path(),
-    disk: Annotated[
-        Path | None, typer.Option(help="Measure the disk under this folder for about ten seconds.")
-    ] = None,
+    disk: Annotated[Path | None, typer.Option(help="Measure the disk under this folder for about ten seconds.")] = None,
 ) -> None:
     """Say what mhaffn finds here – engine, O_DIRECT, memory limits, GPU, versions – and how to mend what is amiss.
 

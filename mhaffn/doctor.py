@@ -58,7 +58,9 @@ def _reader(folder: Path) -> Iterator[Finding]:
     try:
         from mhaffn.reader import Extent, PinnedArena, Reader
     except ImportError as error:
-        yield Finding("fail", "reader", f"the extension is not built ({error})", "pip install -e . in the source folder")
+        yield Finding(
+            "fail", "reader", f"the extension is not built ({error})", "pip install -e . in the source folder"
+        )
         return
     try:
         with (
@@ -127,7 +129,9 @@ def _gpu() -> Iterator[Finding]:
     capability = f"sm_{properties.major}{properties.minor}"
     yield Finding("ok", "GPU", f"{properties.name}, {capability}, {format_bytes(free)} of {format_bytes(total)} free")
     if not (_version("cupy-cuda13x") or _version("cupy-cuda12x")):
-        yield Finding("warn", "cupy", "not installed: CUDA C++ kernels are off, Triton's are used", "pip install 'mhaffn[cuda]'")
+        yield Finding(
+            "warn", "cupy", "not installed: CUDA C++ kernels are off, Triton's are used", "pip install 'mhaffn[cuda]'"
+        )
 
 
 def disk_table(folder: Path) -> Table:
