@@ -178,6 +178,7 @@ def demo(
         Path | None, typer.Option(help="Where the model is kept; by default mhaffn in the user's cache folder.")
     ] = None,
     device: DeviceOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
 ) -> None:
     """Stream a real model: SmolLM2-135M-Instruct from disk, none of its layers resident.
 
@@ -186,5 +187,8 @@ def demo(
     """
     from mhaffn.demo import run_demo
 
-    if not run_demo(prompt, max_new_tokens=max_new_tokens, cache=cache, device=device, console=console):
+    finished = run_demo(
+        prompt, max_new_tokens=max_new_tokens, cache=cache, device=device, results=json_file, console=console
+    )
+    if not finished:
         raise typer.Exit(1)

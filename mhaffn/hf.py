@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -156,6 +156,9 @@ def load(
     Raises :class:`ConfigError`, :class:`UnsupportedModelError`, :class:`BudgetError`, :class:`StoreError`
     or :class:`ReadError`.
     """
+    for name, value, choices in (("engine", engine, get_args(Engine)), ("direct", direct, get_args(Direct))):
+        if value not in choices:
+            raise ConfigError(f"got {name} = {value!r}, expected one of {', '.join(choices)}")
     folder = resolve(model)
     store = Store.open(folder)
     context = _context_length(store.config, context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -58,6 +58,21 @@ class Report:
     @property
     def share(self) -> float:
         return self.bound_s / self.seconds_per_pass
+
+    def to_dict(self) -> dict[str, object]:
+        """All figures, for JSON: bytes, seconds and GiB/s."""
+        return {
+            "phase": self.phase,
+            "passes": self.passes,
+            "tokens": self.tokens,
+            "seconds_per_pass": self.seconds_per_pass,
+            "rows": [asdict(row) | {"gib_per_s": row.gib_per_s} for row in self.rows],
+            "links_s": dict(self.links),
+            "links_measured_alone": self.links_measured_alone,
+            "bound_s": self.bound_s,
+            "bound_link": self.bound_link,
+            "share_of_bound": self.share,
+        }
 
 
 def make_report(trace: Trace, phase: Phase, alone: Mapping[str, float] | None = None) -> Report | None:

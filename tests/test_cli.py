@@ -1,0 +1,157 @@
+"""The command as a person meets it: what it prints, how it fails, how Ctrl-C ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import mhaffn.cli
+from mhaffn.store import pack
+from tests.conftest import Model
+
+MHAFFN = [sys.executable, "-c", "from mhaffn.cli import main; main()"]
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer: words w3 … w210 and a chat template."""
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    pack(tiny_model(), folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(211)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", pad_token="w2")
+    tokenizer.chat_template = "w7 {{ messages[0]['content'] }} w8"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    words = [str(argument) for argument in arguments]
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"} | environment
+    return subprocess.run([*MHAFFN, *words], capture_output=True, text=True, timeout=120, env=environ)
+
+
+def test_run_prints_the_answer_to_stdout_and_the_table_to_stderr(model: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    done = command("run", model, "-p", "w5 w6", "--max-new-tokens", 6, "--dram", 0, "--trace", trace)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"(w\d+ ?){6}\n", done.stdout)
+    assert "6 on SSD" in done.stderr
+    for piece in ("prefill: 4 tokens in 1 pass", "decode: 5 tokens in 5 passes", "SSD → host", "bound", "engine"):
+        assert piece in done.stderr
+    lanes = {event.get("args", {}).get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"ssd", "mha", "ffn"} <= lanes
+
+
+def test_raw_leaves_out_the_chat_template(model: Path) -> None:
+    done = command("run", model, "-p", "w5 w6", "--max-new-tokens", 2, "--raw")
+    assert done.returncode == 0 and "prefill: 2 tokens" in done.stderr
+
+
+def test_prompt_from_stdin_and_sampling_with_a_seed(model: Path) -> None:
+    words = ["run", str(model), "-p", "-", "--max-new-tokens", "8", "--temperature", "1.5", "--seed", "4"]
+    runs = [
+        subprocess.run([*MHAFFN, *words], input="w9 w10", capture_output=True, text=True, timeout=120).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such/folder"], "/no/such/folder is no model folder"),
+        (["org/name"], "neither a folder nor a model in the local hub cache.*hf download org/name"),
+        (["MODEL", "--dram", "1KiB"], "--dram 1.00 KiB is too small.*needs at least"),
+        (["MODEL", "--dram", "many"], "'many' as a size"),
+        (["MODEL", "--gpu", "1GiB"], "the device is the CPU"),
+        (["MODEL", "--context", "3"], "prompt of 4 tokens, expected fewer than 3"),
+        (["MODEL", "--engine", "psychic"], "psychic"),
+        (["MODEL", "--device", "tpu"], "tpu"),
+    ],
+)
+def test_a_mistake_gets_one_paragraph_and_exit_2(arguments: list[str], message: str, model: Path) -> None:
+    words = [str(model) if argument == "MODEL" else argument for argument in arguments]
+    done = command("run", *words, "-p", "w5 w6")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert re.search(message, " ".join(done.stderr.split()))
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = command("run", "/no/such/folder", "-p", "x", "--debug")
+    assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+def test_the_answer_stops_at_the_context(model: Path) -> None:
+    done = command("run", model, "-p", "w5 w6", "--max-new-tokens", 1000, "--context", 9)
+    assert done.returncode == 0 and len(done.stdout.split()) == 5
+
+
+def test_a_read_error_in_the_middle_ends_with_an_error_not_with_text(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    subprocess.run(["cp", "-r", model, copy], check=True)
+    process = subprocess.Popen(
+        [*MHAFFN, "run", str(copy), "-p", "w5", "--max-new-tokens", "240", "--dram", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(8)
+    os.truncate(copy / "layer-001-ffn.safetensors", 5000)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "layer-001-ffn" in errors and "Traceback" not in errors
+
+
+def test_ctrl_c_ends_with_the_summary(model: Path) -> None:
+    process = subprocess.Popen(
+        [*MHAFFN, "run", str(model), "-p", "w5", "--max-new-tokens", "250", "--dram", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(8)
+    started = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert time.perf_counter() - started < 10
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors and "decode:" in errors and "Traceback" not in errors
+
+
+def test_pack_and_run_the_packed_store(tiny_model: Model, tmp_path: Path) -> None:
+    done = command("pack", tiny_model(), tmp_path / "store", "--dtype", "bfloat16")
+    assert done.returncode == 0 and "packed 6 sublayers in bfloat16" in done.stderr
+    again = command("pack", tiny_model(), tmp_path / "store")
+    assert again.returncode == 2 and "is not empty" in again.stderr
+
+
+def test_doctor_tells_engine_memory_and_gpu(tmp_path: Path) -> None:
+    done = command("doctor", tmp_path)
+    for piece in ("engine", "O_DIRECT", "memlock", "huge pages", "GPU", "versions"):
+        assert piece in done.stdout
+    assert done.returncode == 0
+
+
+def test_help_teaches(model: Path) -> None:
+    assert "mhaffn doctor" in command("--help").stdout
+    assert "Ctrl-C" in command("run", "--help").stdout
+    assert command("--version").stdout == f"mhaffn {mhaffn.__version__}\n"
+
+
+def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = command("demo", "--cache", blocked / "cache")
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "--cache" in done.stderr
