@@ -12,7 +12,7 @@ Three kernels:
 - ``silu_mul_kernel``: the elementwise step after two library products.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, no-warn-return-any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-warn-return-any
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ x [..., D], weight [D] -> [..., D]; bf16, fp16, fp32; D up to 32768. One row a p
 Bound by memory: x is read once and the result written once, ``2 * rows * D`` elements (twice that with a residual).
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, no-warn-return-any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-warn-return-any
 
 from __future__ import annotations
 

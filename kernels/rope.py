@@ -7,7 +7,7 @@ Bound by memory: q and k are read and written once. One program turns a few head
 launch. :func:`rope_write` puts the turned keys, and the values, straight into a cache.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, no-warn-return-any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-warn-return-any
 
 from __future__ import annotations
 

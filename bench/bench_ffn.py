@@ -1,0 +1,69 @@
+"""FFN against cuBLAS (eager), torch.compile and Liger, Llama-3.1-70B and 8B widths, bf16.
+
+``python bench/bench_ffn.py --out bench/results/ffn.json``. Up to 64 rows in a CUDA graph; the weights do not fit L2.
+"three products" is the time of the three cuBLAS products alone: what a free epilogue would give.
+"""
+
+# ruff: noqa: B023  (the calls of a row run before the loop goes on)
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timer import COLD_BYTES, Bench, main
+
+from mhaffn import ops
+from mhaffn.kernels import ffn, library, nvrtc, reference
+
+WIDTHS = {"70B": (8192, 28672), "8B": (4096, 14336)}
+
+
+def liger(x, w1, w3, w2):
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return F.linear(LigerSiLUMulFunction.apply(F.linear(x, w1), F.linear(x, w3)), w2)
+
+
+def gate_up(x, w1, w3, w2):
+    return F.linear(ffn.gate_up(x, w1, w3), w2)
+
+
+def run(bench: Bench) -> None:
+    for model, (width, inner) in WIDTHS.items():
+        size = 3 * width * inner * 2
+        count = max(1, COLD_BYTES // size)
+        shapes = ((inner, width), (inner, width), (width, inner))
+        sets = [[torch.randn(*s, device="cuda", dtype=torch.bfloat16) * 0.02 for s in shapes] for _ in range(count)]
+        wide = [w.float() for w in sets[0]]
+        for m in (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192) if model == "70B" else (1, 2, 4, 8, 16, 64, 512, 2048):
+            x = torch.randn(m, width, device="cuda", dtype=torch.bfloat16)
+            truth = reference.ffn(x, *wide) if m <= 2048 else library.ffn(x, *sets[0])
+            peers = {"mhaffn.ops.ffn": ops.ffn, "cuBLAS eager": library.ffn}
+            if m <= ffn.FEW_ROWS_MAX:
+                peers["Triton few rows"] = ffn.ffn_few_rows
+            if m <= nvrtc.FEW_ROWS_MAX:
+                peers["CUDA few rows"] = nvrtc.ffn_few_rows
+            if m >= 128:
+                peers["Triton gate_up + cuBLAS"] = gate_up
+                peers["Liger SiLU·mul + cuBLAS"] = liger
+            if m >= 512:
+                torch._dynamo.reset()
+                peers["torch.compile"] = torch.compile(
+                    lambda *a: F.linear(F.silu(F.linear(a[0], a[1])) * F.linear(a[0], a[2]), a[3]), dynamic=False
+                )
+            for name, peer in peers.items():
+                calls = [lambda w=w, peer=peer: peer(x, *w) for w in sets]
+                bench.row(f"ffn {model} M={m}", name, calls, truth, bytes_moved=size if m <= 64 else 0,
+                          flops=6 * m * width * inner, graph=m <= 64)  # fmt: skip
+            if m >= 512:
+                hidden = torch.randn(m, inner, device="cuda", dtype=torch.bfloat16)
+                w1, w3, w2 = sets[0]
+                products = [lambda: (F.linear(x, w1), F.linear(x, w3), F.linear(hidden, w2))]
+                bench.row(
+                    f"ffn {model} M={m}", "three products", products, None, flops=6 * m * width * inner, graph=False
+                )
+        del sets, wide
+
+
+if __name__ == "__main__":
+    main("ffn", run)

@@ -1,0 +1,144 @@
+"""What the op benches share: machine facts, roofs measured in the same run, rows of results, one table, one JSON file.
+
+Every bench checks an implementation against the truth first and times it only if it is right. Inputs of consecutive
+timed calls lie in different buffers, larger together than L2: the figures are for cold caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mhaffn.kernels import timing
+
+COLD_BYTES = 200 << 20
+
+
+@triton.jit
+def read_kernel(p_x, p_out, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.int32)
+    for i in range(16):
+        total += tl.load(p_x + (tl.program_id(0) * 16 + i).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(p_out + tl.program_id(0), tl.sum(total, 0))
+
+
+def measure_roofs() -> dict[str, float]:
+    """Bytes a second of a streaming read and of a copy (read plus written), and FLOP/s of a large bf16 product."""
+    words = torch.randint(0, 100, (1 << 29,), device="cuda", dtype=torch.int32)
+    out = torch.empty(1 << 16, device="cuda", dtype=torch.int32)
+    half, other = words.chunk(2)
+
+    def read(block: int) -> None:
+        read_kernel[(words.numel() // (16 * block),)](words, out, BLOCK=block, num_warps=8)
+
+    read_ms = min(timing.time_calls(lambda b=b: read(b)).median_ms for b in (2048, 4096, 8192))
+    copy_ms = timing.time_calls(lambda: half.copy_(other)).median_ms
+    size = words.numel() * words.element_size()
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = timing.time_calls(lambda: a @ b).median_ms
+    return {
+        "read_bytes_per_s": size / read_ms * 1e3,
+        "copy_bytes_per_s": size / copy_ms * 1e3,
+        "bf16_flop_per_s": 2 * 8192**3 / product * 1e3,
+    }
+
+
+def environment() -> dict[str, Any]:
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    names = ("torch", "triton", "cupy-cuda13x", "liger-kernel", "numpy")
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "versions": {name: installed(name) for name in names},
+        "commit": commit or None,
+    }
+
+
+class Bench:
+    """Rows of one bench file."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.roofs = measure_roofs()
+        self.rows: list[dict[str, Any]] = []
+
+    def row(
+        self,
+        shape: str,
+        implementation: str,
+        calls: Sequence[timing.Call],
+        truth: torch.Tensor | None,
+        *,
+        bytes_moved: float = 0,
+        flops: float = 0,
+        graph: bool,
+        tolerance: float = 2e-2,
+        samples: int = 20,
+        roof: str = "read_bytes_per_s",
+    ) -> float | None:
+        """Checks ``calls[0]`` against the truth, times the calls, prints and keeps a row; milliseconds or None."""
+        entry: dict[str, Any] = {"shape": shape, "implementation": implementation, "graph": graph}
+        self.rows.append(entry)
+        try:
+            if truth is not None:
+                got = calls[0]()
+                got = got[0] if isinstance(got, tuple | list) else got
+                error = ((got.float() - truth.float()).norm() / truth.float().norm()).item()
+                entry["relative_error"] = error
+                if not error <= tolerance:
+                    raise ArithmeticError(f"relative error {error:.2e} over {tolerance:.0e}: not timed")
+            timed = timing.time_graph(calls, samples) if graph else timing.time_calls(calls[0], samples)
+        except Exception as problem:
+            entry["failed"] = f"{type(problem).__name__}: {problem}"[:200]
+            print(f"{shape:34} {implementation:28} {entry['failed']}", flush=True)
+            return None
+        entry |= {"median_ms": timed.median_ms, "p20_ms": timed.p20_ms, "p80_ms": timed.p80_ms}
+        line = f"{shape:34} {implementation:28} {timed.median_ms * 1e3:10.1f} us"
+        if bytes_moved:
+            rate = bytes_moved / timed.median_ms * 1e3
+            entry |= {"bytes_per_s": rate, "share_of_roof": rate / self.roofs[roof], "roof": roof}
+            line += f" {rate / 1e12:6.2f} TB/s {entry['share_of_roof']:6.1%}"
+        if flops:
+            rate = flops / timed.median_ms * 1e3
+            entry |= {"flop_per_s": rate, "share_of_matmul": rate / self.roofs["bf16_flop_per_s"]}
+            line += f" {rate / 1e12:6.0f} TFLOP/s"
+        print(line, flush=True)
+        return timed.median_ms
+
+    def save(self, path: Path | None) -> None:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            report = {"bench": self.name, "environment": environment(), "roofs": self.roofs, "rows": self.rows}
+            path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main(name: str, run: Callable[[Bench], None]) -> None:
+    parser = argparse.ArgumentParser(description=f"bench {name}")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        bench = Bench(name)
+        print({key: f"{value / 1e12:.2f}e12" for key, value in bench.roofs.items()}, flush=True)
+        try:
+            run(bench)
+        finally:
+            bench.save(arguments.out)

@@ -1,0 +1,231 @@
+"""Offline tuner: tries tiles on this machine's GPU and writes the fastest into its architecture's table.
+
+::
+
+    python -m mhaffn.kernels.tune                     # everything; a few minutes
+    python -m mhaffn.kernels.tune --only few_rows     # kernels whose name starts so
+    python -m mhaffn.kernels.tune --compile 3/8       # compile every eighth candidate into the caches, time nothing
+
+Run several ``--compile i/n`` at once first and the timing run finds everything compiled. Users' calls never tune.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import attention_decode, attention_prefill, ffn, nvrtc, tiles, timing
+
+DTYPE = torch.bfloat16
+COLD_BYTES = 200 << 20  # inputs of consecutive calls: more than any L2
+PREFILL_TILES = [
+    (128, 128, 2, 8),
+    (128, 128, 3, 8),
+    (128, 64, 2, 8),
+    (128, 64, 3, 8),
+    (128, 64, 3, 4),
+    (64, 128, 2, 4),
+    (64, 64, 3, 4),
+]
+GATE_UP_TILES = [
+    (128, 128, 64, 8, 4, 8),
+    (128, 128, 64, 16, 3, 8),
+    (128, 128, 64, 8, 3, 8),
+    (256, 64, 64, 8, 4, 8),
+    (128, 128, 32, 8, 6, 8),
+    (256, 128, 64, 8, 2, 8),
+]
+CUDA_TILES = [
+    (1, 8, 2, 2),
+    (1, 8, 1, 3),
+    (1, 8, 1, 4),
+    (1, 4, 2, 4),
+    (1, 4, 1, 6),
+    (1, 16, 2, 1),
+    (1, 8, 4, 2),
+    (1, 4, 4, 4),
+    (2, 8, 1, 2),
+    (2, 4, 1, 4),
+    (2, 8, 2, 2),
+]
+
+
+@dataclass
+class Problem:
+    """A rule of a table, its candidate tiles, and calls to time: one list a shape."""
+
+    kernel: str
+    max: dict[str, int]
+    candidates: list[tiles.Tile]
+    shapes: list[Callable[[tiles.Tile], list[timing.Call]]]
+
+
+def grid(**choices: tuple[int, ...]) -> Iterator[tiles.Tile]:
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(choices, values, strict=True))
+
+
+def named(names: str, tuples: list[tuple[int, ...]]) -> list[tiles.Tile]:
+    return [dict(zip(names.split(), values, strict=True)) for values in tuples]
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=DTYPE)
+
+
+def decode_shape(batch: int, keys: int, dim: int = 128, heads: tuple[int, int] = (64, 8)) -> Callable[..., Any]:
+    hq, h = heads
+    sets: list[tuple[Tensor, Tensor]] = []
+
+    def calls(tile: tiles.Tile) -> list[timing.Call]:
+        if not sets:
+            count = max(2, COLD_BYTES // (batch * keys * h * dim * 4))
+            sets.extend((randn(batch, keys, h, dim), randn(batch, keys, h, dim)) for _ in range(count))
+        q = randn(batch, 1, hq, dim)
+        run = attention_decode.attention_decode
+        return [lambda k=k, v=v: run(q, k, v, True, None, None, dim**-0.5, tile) for k, v in sets]
+
+    return calls
+
+
+def prefill_shape(tokens: int, dim: int) -> Callable[..., Any]:
+    def calls(tile: tiles.Tile) -> list[timing.Call]:
+        q, k = randn(1, tokens, 8192 // dim, dim), randn(1, tokens, 1024 // dim, dim)
+        return [lambda: attention_prefill.attention_prefill(q, k, k, True, None, None, dim**-0.5, tile)]
+
+    return calls
+
+
+def few_shape(run: Callable[..., Tensor], m: int, rows: int, width: int, gated: bool) -> Callable[..., Any]:
+    sets: list[list[Tensor]] = []
+
+    def calls(tile: tiles.Tile) -> list[timing.Call]:
+        if not sets:
+            count = max(2, COLD_BYTES // (rows * width * 4))
+            sets.extend([randn(rows, width) for _ in range(1 + gated)] for _ in range(count))
+        x = randn(m, width)
+        return [lambda s=s: run(x, s[0], s[1] if gated else None, tile) for s in sets]
+
+    return calls
+
+
+def gate_up_shape(m: int) -> Callable[..., Any]:
+    def calls(tile: tiles.Tile) -> list[timing.Call]:
+        x, w1, w3 = randn(m, 8192), randn(28672, 8192), randn(28672, 8192)
+        return [lambda: ffn.gate_up(x, w1, w3, tile)]
+
+    return calls
+
+
+def problems() -> list[Problem]:
+    found = []
+    decode = list(grid(BLOCK_N=(32, 64, 128), STAGES=(2, 3, 4), WARPS=(4,), WAVES=(1, 2, 3, 4), COMBINE_WARPS=(2,)))
+    decode += list(grid(BLOCK_N=(128,), STAGES=(2, 3), WARPS=(8,), WAVES=(1, 2), COMBINE_WARPS=(2,)))
+    for bound, keys in (({"keys": 4096}, 2048), ({"keys": 16384}, 8192), ({}, 32768)):
+        found.append(Problem("attention_decode", {"element": 2, "dim": 128, **bound}, decode, [decode_shape(1, keys)]))
+    small = list(grid(BLOCK_N=(64, 128), STAGES=(2, 3, 4), WARPS=(4,), WAVES=(1, 2, 4), COMBINE_WARPS=(2,)))
+    found.append(Problem("attention_decode", {"element": 2, "dim": 64}, small, [decode_shape(1, 8192, 64, (32, 8))]))
+    prefill = [
+        {**tile, "DESCRIPTOR": d} for tile in named("BLOCK_M BLOCK_N STAGES WARPS", PREFILL_TILES) for d in (0, 1)
+    ]
+    for dim in (64, 128):
+        found.append(Problem("attention_prefill", {"element": 2, "dim": dim}, prefill, [prefill_shape(8192, dim)]))
+    gate_up = named("BLOCK_M BLOCK_F BLOCK_D GROUP STAGES WARPS", GATE_UP_TILES)
+    found.append(Problem("gate_up", {"element": 2}, gate_up, [gate_up_shape(2048)]))
+    found += few_rows_problems()
+    return found
+
+
+def few_rows_problems() -> list[Problem]:
+    """70B and 8B widths: [28672, 8192] and [14336, 4096] gated, then the transposes."""
+    found = []
+    triton_tiles = list(grid(BLOCK_R=(16, 32, 64), BLOCK_D=(128, 256), STAGES=(3, 4), WARPS=(4,)))
+    triton_tiles += list(grid(BLOCK_R=(64, 128), BLOCK_D=(64,), STAGES=(4, 5), WARPS=(4,)))
+    cuda_tiles = named("TILES WARPS STEPS BLOCKS", CUDA_TILES)
+    for gated, shapes in ((True, ((14336, 4096), (28672, 8192))), (False, ((4096, 14336), (8192, 28672)))):
+        name = "few_rows_gated" if gated else "few_rows"
+        for rows, width in shapes:
+            bound = {"per_processor": 40 if rows < 5000 else 70 if rows < 9000 else 120} if rows < 20000 else {}
+            few = [few_shape(ffn.few_rows, m, rows, width, gated) for m in (1, 16)]
+            found.append(Problem(name, {"element": 2, "rows": 16, **bound}, triton_tiles, few))
+            if rows in (28672, 8192):
+                few = [few_shape(ffn.few_rows, 64, rows, width, gated)]
+                found.append(Problem(name, {"element": 2, **bound}, triton_tiles, few))
+            for columns, m in ((1, 1), (2, 16)):
+                few = [few_shape(nvrtc.few_rows, m, rows, width, gated)]
+                name_cuda = name.replace("few_rows", "few_rows_cuda")
+                found.append(Problem(name_cuda, {"columns": columns, **bound}, cuda_tiles, few))
+    return found
+
+
+def best(problem: Problem) -> tiles.Tile | None:
+    """The tile with the lowest product of times over the shapes; prints every time."""
+    winner, lowest = None, math.inf
+    for tile in problem.candidates:
+        try:
+            times = [timing.time_graph(shape(tile), samples=7).median_ms for shape in problem.shapes]
+        except Exception as error:  # too much shared memory or too many registers: not a candidate here
+            print(json.dumps({"kernel": problem.kernel, "tile": tile, "failed": str(error)[:80]}), flush=True)
+            continue
+        print(json.dumps({"kernel": problem.kernel, "max": problem.max, "tile": tile, "ms": times}), flush=True)
+        product = math.prod(times)
+        if product < lowest:
+            winner, lowest = tile, product
+    return winner
+
+
+def compile_share(share: str, only: str) -> None:
+    """Every n-th candidate, compiled by calling it once."""
+    index, count = (int(part) for part in share.split("/"))
+    work = [(p, tile) for p in problems() if p.kernel.startswith(only) for tile in p.candidates]
+    for problem, tile in work[index::count]:
+        try:
+            for shape in problem.shapes:
+                shape(tile)[0]()
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"{problem.kernel} {tile}: {str(error)[:80]}", flush=True)
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="PREFIX")
+    parser.add_argument("--compile", default="", metavar="I/N")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.compile:
+        compile_share(arguments.compile, arguments.only)
+        return
+    arch = tiles.machine(torch.device("cuda")).arch
+    rules = json.loads(json.dumps(tiles.table(arch)))
+    for problem in problems():
+        if problem.kernel.startswith(arguments.only):
+            tile = best(problem)
+            torch.cuda.empty_cache()
+            if tile is not None:
+                replace(rules, problem, tile)
+    tiles.write(arch, rules)
+
+
+def replace(rules: tiles.Table, problem: Problem, tile: tiles.Tile) -> None:
+    """Puts the tile into the problem's rule; a new rule goes before the first one that is looser."""
+    entries = rules.setdefault(problem.kernel, [])
+    for entry in entries:
+        if entry["max"] == problem.max:
+            entry["tile"] = tile
+            return
+    looser = (i for i, e in enumerate(entries) if all(problem.max.get(n, 1 << 62) <= b for n, b in e["max"].items()))
+    entries.insert(next(looser, len(entries)), {"max": problem.max, "tile": tile})
+
+
+if __name__ == "__main__":
+    main()
