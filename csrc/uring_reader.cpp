@@ -1,0 +1,239 @@
+// The io_uring engine: one ring, used by the thread that made it.
+#include <errno.h>
+#include <liburing.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <unordered_map>
+
+#include "reader.h"
+
+namespace mhaffn {
+namespace {
+
+constexpr uint64_t kWakeToken = UINT64_MAX;
+constexpr uint64_t kCancelToken = UINT64_MAX - 1;
+constexpr unsigned kFileSlots = 256;
+
+std::string explain_setup(int error) {
+  std::string text = "io_uring set-up failed: " + errno_text(error);
+  if (error == EPERM || error == ENOSYS) {
+    text += ", blocked by a seccomp profile, kernel.io_uring_disabled or an old kernel";
+  } else if (error == ENOMEM) {
+    text += ", raise `ulimit -l`";
+  }
+  return text;
+}
+
+std::string explain_buffers(int error, size_t nbytes) {
+  std::string text = "registering " + std::to_string(nbytes >> 20) + " MiB with io_uring failed: " + errno_text(error);
+  rlimit limit;
+  if (error == ENOMEM && getrlimit(RLIMIT_MEMLOCK, &limit) == 0) {
+    text += ", memlock is limited to " + std::to_string(limit.rlim_cur >> 10) +
+            " KiB: `ulimit -l unlimited`, or `* - memlock unlimited` in /etc/security/limits.conf";
+  }
+  return text + ": unregistered reads";
+}
+
+// A ring of the flags this kernel has; 0, or the errno.
+int set_up(io_uring& ring, unsigned depth, std::string& detail) {
+  struct Mode {
+    unsigned flags;
+    const char* name;
+  };
+  static constexpr Mode kModes[] = {{IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN, "deferred task work"},
+                                    {IORING_SETUP_COOP_TASKRUN, "cooperative task work"},
+                                    {0, "plain"}};
+  int error = 0;
+  for (const Mode& mode : kModes) {
+    // A read and its cancellation in flight each, and the wake-up: never more completions than CQ entries.
+    io_uring_params params = {};
+    params.flags = mode.flags | IORING_SETUP_CQSIZE;
+    params.cq_entries = 4 * depth + 8;
+    error = -io_uring_queue_init_params(2 * depth + 4, &ring, &params);
+    if (error == 0 && !(params.features & IORING_FEAT_EXT_ARG)) {
+      io_uring_queue_exit(&ring);
+      return ENOSYS;  // before Linux 5.11: no waits with a time limit
+    }
+    detail = mode.name;
+    if (error != EINVAL) return error;
+  }
+  return error;
+}
+
+class UringRing : public WakeableRing {
+ public:
+  UringRing(const RingSetup& setup, RingFeatures& features) : wake_fd_(eventfd(0, EFD_CLOEXEC)) {
+    if (!wake_fd_) fail_unavailable("eventfd failed: " + errno_text(errno), errno);
+    if (const int error = set_up(ring_, setup.depth, features.detail)) fail_unavailable(explain_setup(error), error);
+    io_uring_ring_dontfork(&ring_);
+    try {
+      if (setup.arena) features.registered_buffers = register_arena(setup);
+      features.registered_files = has_files_ = io_uring_register_files_sparse(&ring_, kFileSlots) == 0;
+      files_.resize(kFileSlots);
+    } catch (...) {
+      io_uring_queue_exit(&ring_);
+      throw;
+    }
+    arm_wake();
+  }
+
+  ~UringRing() override { io_uring_queue_exit(&ring_); }
+
+  double now() override { return monotonic_s(); }
+
+  void submit(const Read& read) override {
+    auto* file = static_cast<File*>(read.source);
+    io_uring_sqe* sqe = entry();
+    const int slot = file_slot(file);
+    const int fd = slot >= 0 ? slot : file->fd();
+    const int buffer = buffer_index(read);
+    if (buffer >= 0) {
+      io_uring_prep_read_fixed(sqe, fd, read.address, read.length, read.offset, buffer);
+    } else {
+      io_uring_prep_read(sqe, fd, read.address, read.length, read.offset);
+    }
+    if (slot >= 0) sqe->flags |= IOSQE_FIXED_FILE;
+    if (read.blocking) sqe->flags |= IOSQE_ASYNC;
+    io_uring_sqe_set_data64(sqe, read.token);
+  }
+
+  void cancel(uint64_t token) override {
+    io_uring_sqe* sqe = entry();
+    io_uring_prep_cancel64(sqe, token, 0);
+    io_uring_sqe_set_data64(sqe, kCancelToken);
+  }
+
+  size_t complete(Completion* completions, size_t capacity, double wait_s) override {
+    const size_t count = reap(completions, capacity);
+    if (count > 0 || woken_) {
+      io_uring_submit(&ring_);
+      return count;
+    }
+    __kernel_timespec limit;
+    limit.tv_sec = static_cast<int64_t>(wait_s);
+    limit.tv_nsec = static_cast<int64_t>((wait_s - std::floor(wait_s)) * 1e9);
+    io_uring_cqe* cqe = nullptr;
+    io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &limit, nullptr);
+    return reap(completions, capacity);
+  }
+
+  void wake() override {
+    const uint64_t one = 1;
+    // The counter holds until it is read; a write can only fail where a wake-up is waiting already.
+    while (write(wake_fd_.get(), &one, sizeof one) < 0 && errno == EINTR) {
+    }
+  }
+
+ private:
+  // The submission queue has room for a read and a cancellation a place in the core, and the wake-up.
+  io_uring_sqe* entry() {
+    io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+    while (!sqe) {
+      io_uring_submit(&ring_);
+      sqe = io_uring_get_sqe(&ring_);
+    }
+    return sqe;
+  }
+
+  void arm_wake() {
+    io_uring_sqe* sqe = entry();
+    io_uring_prep_read(sqe, wake_fd_.get(), &wake_count_, sizeof wake_count_, 0);
+    io_uring_sqe_set_data64(sqe, kWakeToken);
+  }
+
+  size_t reap(Completion* completions, size_t capacity) {
+    size_t count = 0;
+    unsigned head, seen = 0;
+    woken_ = false;
+    io_uring_cqe* cqe;
+    io_uring_for_each_cqe(&ring_, head, cqe) {
+      if (count == capacity) break;
+      ++seen;
+      const uint64_t token = io_uring_cqe_get_data64(cqe);
+      if (token == kWakeToken) {
+        woken_ = true;
+      } else if (token != kCancelToken) {
+        completions[count++] = {token, cqe->res};
+      }
+    }
+    io_uring_cq_advance(&ring_, seen);
+    if (woken_) arm_wake();
+    return count;
+  }
+
+  bool register_arena(const RingSetup& setup) {
+    const Arena& arena = *setup.arena;
+    std::vector<iovec> pieces;
+    for (uint64_t at = 0; at < arena.nbytes(); at += kRegisteredPieceBytes) {
+      pieces.push_back({arena.address() + at, std::min<size_t>(kRegisteredPieceBytes, arena.nbytes() - at)});
+    }
+    const int error = -io_uring_register_buffers(&ring_, pieces.data(), static_cast<unsigned>(pieces.size()));
+    if (error == 0) {
+      begin_ = arena.address();
+      end_ = begin_ + arena.nbytes();
+      return true;
+    }
+    const std::string reason = explain_buffers(error, arena.nbytes());
+    if (!setup.log->allow(reason)) fail_unavailable(reason, error);
+    return false;
+  }
+
+  int buffer_index(const Read& read) const {
+    if (read.address < begin_ || read.address + read.length > end_) return -1;
+    return static_cast<int>(static_cast<uint64_t>(read.address - begin_) / kRegisteredPieceBytes);
+  }
+
+  // The file's place in the ring's table; -1 where it has none. Files that only the table holds are let go.
+  int file_slot(File* file) {
+    if (!has_files_) return -1;
+    auto found = slots_.find(file);
+    if (found != slots_.end()) return found->second;
+    int free = -1;
+    for (int i = 0; i < static_cast<int>(files_.size()); ++i) {
+      if (files_[i] && files_[i].use_count() == 1) {
+        int none = -1;
+        io_uring_register_files_update(&ring_, static_cast<unsigned>(i), &none, 1);
+        slots_.erase(files_[i].get());
+        files_[i].reset();
+      }
+      if (!files_[i] && free < 0) free = i;
+    }
+    int fd = file->fd();
+    if (free < 0 || io_uring_register_files_update(&ring_, static_cast<unsigned>(free), &fd, 1) != 1) return -1;
+    files_[free] = file->shared_from_this();
+    slots_[file] = free;
+    return free;
+  }
+
+  io_uring ring_;
+  Fd wake_fd_;
+  uint64_t wake_count_ = 0;
+  bool woken_ = false;
+  char* begin_ = nullptr;
+  char* end_ = nullptr;
+  bool has_files_ = false;
+  std::vector<std::shared_ptr<File>> files_;
+  std::unordered_map<File*, int> slots_;
+};
+
+}  // namespace
+
+std::unique_ptr<WakeableRing> make_uring_ring(const RingSetup& setup, RingFeatures& features) {
+  return std::make_unique<UringRing>(setup, features);
+}
+
+std::string why_no_uring() {
+  io_uring ring;
+  std::string detail;
+  const int error = set_up(ring, 1, detail);
+  if (error != 0) return explain_setup(error);
+  io_uring_queue_exit(&ring);
+  return "";
+}
+
+}  // namespace mhaffn
