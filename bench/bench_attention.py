@@ -14,7 +14,7 @@ from timer import COLD_BYTES, Bench, main
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhaffn import ops
-from mhaffn.kernels import attention_decode, attention_prefill, reference
+from mhaffn.kernels import attention_decode, attention_prefill, attention_prefill_sm90, reference
 
 HQ, H, K = 64, 8, 128
 BACKENDS = {"cuDNN SDPA": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2 SDPA": SDPBackend.FLASH_ATTENTION}
@@ -46,6 +46,7 @@ def prefill(bench: Bench) -> None:
         peers = {
             "mhaffn.ops.attention": lambda: ops.attention(q, k, v),
             "Triton prefill": lambda: attention_prefill.attention_prefill(q, k, v, True, None, None, K**-0.5),
+            "Gluon prefill": lambda: attention_prefill_sm90.attention_prefill_sm90(q, k, v, True, K**-0.5),
             **{n: (lambda b=b: through(b, q, k, v, is_causal=True)) for n, b in BACKENDS.items()},
         }
         for name, call in peers.items():

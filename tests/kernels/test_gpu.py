@@ -10,6 +10,9 @@ from mhaffn.kernels import library, reference
 
 pytestmark = pytest.mark.gpu
 HALVES = [torch.bfloat16, torch.float16]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+if HOPPER:
+    from mhaffn.kernels import attention_prefill_sm90
 if torch.cuda.is_available():
     from mhaffn.kernels import attention_decode, attention_prefill, ffn, nvrtc, rmsnorm, rope
 
@@ -114,6 +117,18 @@ def test_attention_decode(t, s, heads, dim, case, dtype):
 def test_attention_prefill(t, s, heads, dim, case, dtype):
     q, k, v = qkv(2, t, s, *heads, dim, dtype)
     check_attention(attention_prefill.attention_prefill, q, k, v, **options_of(case, 2, t, s))
+
+
+@pytest.mark.skipif(not HOPPER, reason="for sm_90")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("t", "s"), [(1, 5), (63, 63), (127, 1000), (128, 128), (200, 300), (2049, 2049)], ids=str)
+def test_attention_prefill_sm90(t, s, dim, causal, dtype):
+    def kernel(q, k, v, causal, kv_lens, mask, scale):
+        return attention_prefill_sm90.attention_prefill_sm90(q, k, v, causal, scale)
+
+    check_attention(kernel, *qkv(2, t, s, 14, 2, dim, dtype), causal=causal)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 10.0])
