@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from mhaffn.config import Sublayer, format_bytes, order
-from mhaffn.device import wants_copies
+from mhaffn.device import choose_device
 from mhaffn.errors import MhaffnError, StoreError
 from mhaffn.hf import StreamedLlama, load
 from mhaffn.machine import describe
@@ -91,7 +91,7 @@ def _resident_run(
     folder: Path, options: Options, store: Store, ids: torch.Tensor, max_new_tokens: int
 ) -> tuple[list[int], float]:
     """New tokens of the model with every sublayer resident, and its seconds a decode pass: compute alone."""
-    place: Tier = "gpu" if wants_copies(options.device) else "dram"
+    place: Tier = "gpu" if choose_device(options.device).type == "cuda" else "dram"
     tiers: dict[Sublayer, Tier] = dict.fromkeys(order(store.config.num_layers), place)
     with load(folder, **asdict(options), tiers=tiers) as model, torch.inference_mode():
         ids = ids.to(model.device)

@@ -149,23 +149,19 @@ class CudaDevice:
             self._trace.add(lane, sublayer, number, start_s, end_s, nbytes)
 
 
-def wants_copies(device: str | torch.device | None) -> bool:
-    """Whether the device that :func:`open_device` would open has memory of its own."""
-    if device is None:
-        return torch.cuda.is_available()
-    return not str(device).startswith("cpu")
-
-
-def open_device(device: str | torch.device | None, trace: Trace) -> HostDevice | CudaDevice:
+def choose_device(device: str | torch.device | None) -> torch.device:
     """The device named (None: CUDA if there is one, else the CPU); raises :class:`ConfigError`."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ConfigError(f"got device {device!r}: {error}") from error
-    if chosen.type == "cpu":
-        return HostDevice(trace)
-    if chosen.type != "cuda":
+        raise ConfigError(f"got device {device!r}, expected cpu or cuda ({error})") from error
+    if chosen.type not in ("cpu", "cuda"):
         raise ConfigError(f"got device {chosen}, expected cpu or cuda")
-    if not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"got device {chosen}, but torch finds no CUDA GPU. `mhaffn doctor` says more; cpu works.")
-    return CudaDevice(chosen, trace)
+    return chosen
+
+
+def open_device(device: torch.device, trace: Trace) -> HostDevice | CudaDevice:
+    """The device as a stream uses it."""
+    return HostDevice(trace) if device.type == "cpu" else CudaDevice(device, trace)

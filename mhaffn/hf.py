@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mhaffn.budget import Budget, free_dram, free_gpu, resolve_budget
 from mhaffn.config import ModelConfig, Sublayer
-from mhaffn.device import wants_copies
+from mhaffn.device import choose_device
 from mhaffn.errors import ConfigError
 from mhaffn.modules import Context
 from mhaffn.plan import Tier, Workload, make_plan
@@ -162,7 +162,8 @@ def load(
     folder = resolve(model)
     store = Store.open(folder)
     context = _context_length(store.config, context)
-    copies = wants_copies(device)
+    device = choose_device(device)
+    copies = device.type == "cuda"
     if not copies and gpu not in ("auto", None, 0):
         raise ConfigError(f"got gpu = {gpu!r}, but the device is the CPU; give dram instead, or a CUDA device")
     plan = make_plan(

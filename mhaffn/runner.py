@@ -38,7 +38,7 @@ class Runner:
         store: Store,
         plan: Plan,
         *,
-        device: str | torch.device | None = None,
+        device: torch.device,
         engine: Engine = "auto",
         direct: Direct = "auto",
         strict: bool = False,

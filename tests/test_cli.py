@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import mhaffn.cli
 from mhaffn.store import pack
 from tests.conftest import Model
 
+Here = Callable[..., tuple[int, str, str]]
 MHAFFN = [sys.executable, "-c", "from mhaffn.cli import main; main()"]
 
 
@@ -41,6 +44,21 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
     return subprocess.run([*MHAFFN, *words], capture_output=True, text=True, timeout=120, env=environ)
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Runs the command in this process: exit code, standard output, standard error."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["mhaffn", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            mhaffn.cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, " ".join(err.split())
+
+    return run
+
+
 def test_run_prints_the_answer_to_stdout_and_the_table_to_stderr(model: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     done = command("run", model, "-p", "w5 w6", "--max-new-tokens", 6, "--dram", 0, "--trace", trace)
@@ -53,24 +71,23 @@ def test_run_prints_the_answer_to_stdout_and_the_table_to_stderr(model: Path, tm
     assert {"ssd", "mha", "ffn"} <= lanes
 
 
-def test_raw_leaves_out_the_chat_template(model: Path) -> None:
-    done = command("run", model, "-p", "w5 w6", "--max-new-tokens", 2, "--raw")
-    assert done.returncode == 0 and "prefill: 2 tokens" in done.stderr
+def test_raw_leaves_out_the_chat_template(model: Path, here: Here) -> None:
+    code, _, err = here("run", model, "-p", "w5 w6", "--max-new-tokens", 2, "--raw")
+    assert code == 0 and "prefill: 2 tokens" in err
 
 
-def test_prompt_from_stdin_and_sampling_with_a_seed(model: Path) -> None:
-    words = ["run", str(model), "-p", "-", "--max-new-tokens", "8", "--temperature", "1.5", "--seed", "4"]
-    runs = [
-        subprocess.run([*MHAFFN, *words], input="w9 w10", capture_output=True, text=True, timeout=120).stdout
-        for _ in range(2)
-    ]
-    assert runs[0] == runs[1] != ""
+def test_prompt_from_stdin_and_sampling_with_a_seed(model: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for seed in (4, 4, 5):
+        monkeypatch.setattr("sys.stdin", io.StringIO("w9 w10"))
+        answers.append(here("run", model, "-p", "-", "--max-new-tokens", 8, "--temperature", 1.5, "--seed", seed)[1])
+    assert answers[0] == answers[1] != answers[2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["/no/such/folder"], "/no/such/folder is no model folder"),
+        (["/no/such/folder"], "/no/such/folder does not exist"),
         (["org/name"], "neither a folder nor a model in the local hub cache.*hf download org/name"),
         (["MODEL", "--dram", "1KiB"], "--dram 1.00 KiB is too small.*needs at least"),
         (["MODEL", "--dram", "many"], "'many' as a size"),
@@ -80,22 +97,22 @@ def test_prompt_from_stdin_and_sampling_with_a_seed(model: Path) -> None:
         (["MODEL", "--device", "tpu"], "tpu"),
     ],
 )
-def test_a_mistake_gets_one_paragraph_and_exit_2(arguments: list[str], message: str, model: Path) -> None:
+def test_a_mistake_gets_one_paragraph_and_exit_2(arguments: list[str], message: str, model: Path, here: Here) -> None:
     words = [str(model) if argument == "MODEL" else argument for argument in arguments]
-    done = command("run", *words, "-p", "w5 w6")
-    assert done.returncode == 2 and done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert re.search(message, " ".join(done.stderr.split()))
+    code, out, err = here("run", *words, "-p", "w5 w6")
+    assert code == 2 and out == ""
+    assert "Traceback" not in err
+    assert re.search(message, err)
 
 
-def test_debug_shows_the_traceback() -> None:
-    done = command("run", "/no/such/folder", "-p", "x", "--debug")
-    assert done.returncode == 2 and "Traceback" in done.stderr
+def test_debug_shows_the_traceback(here: Here) -> None:
+    code, _, err = here("run", "/no/such/folder", "-p", "x", "--debug")
+    assert code == 2 and "Traceback" in err
 
 
-def test_the_answer_stops_at_the_context(model: Path) -> None:
-    done = command("run", model, "-p", "w5 w6", "--max-new-tokens", 1000, "--context", 9)
-    assert done.returncode == 0 and len(done.stdout.split()) == 5
+def test_the_answer_stops_at_the_context(model: Path, here: Here) -> None:
+    code, out, _ = here("run", model, "-p", "w5 w6", "--max-new-tokens", 1000, "--context", 9)
+    assert code == 0 and len(out.split()) == 5
 
 
 def test_a_read_error_in_the_middle_ends_with_an_error_not_with_text(model: Path, tmp_path: Path) -> None:
@@ -130,28 +147,28 @@ def test_ctrl_c_ends_with_the_summary(model: Path) -> None:
     assert "interrupted" in errors and "decode:" in errors and "Traceback" not in errors
 
 
-def test_pack_and_run_the_packed_store(tiny_model: Model, tmp_path: Path) -> None:
-    done = command("pack", tiny_model(), tmp_path / "store", "--dtype", "bfloat16")
-    assert done.returncode == 0 and "packed 6 sublayers in bfloat16" in done.stderr
-    again = command("pack", tiny_model(), tmp_path / "store")
-    assert again.returncode == 2 and "is not empty" in again.stderr
+def test_pack_writes_a_store_and_refuses_a_full_folder(tiny_model: Model, tmp_path: Path, here: Here) -> None:
+    code, _, err = here("pack", tiny_model(), tmp_path / "store", "--dtype", "bfloat16")
+    assert code == 0 and "packed 6 sublayers in bfloat16" in err
+    code, _, err = here("pack", tiny_model(), tmp_path / "store")
+    assert code == 2 and "is not empty" in err
 
 
-def test_doctor_tells_engine_memory_and_gpu(tmp_path: Path) -> None:
-    done = command("doctor", tmp_path)
+def test_doctor_tells_engine_memory_and_gpu(tmp_path: Path, here: Here) -> None:
+    code, out, _ = here("doctor", tmp_path)
     for piece in ("engine", "O_DIRECT", "memlock", "huge pages", "GPU", "versions"):
-        assert piece in done.stdout
-    assert done.returncode == 0
+        assert piece in out
+    assert code == 0
 
 
-def test_help_teaches(model: Path) -> None:
-    assert "mhaffn doctor" in command("--help").stdout
-    assert "Ctrl-C" in command("run", "--help").stdout
-    assert command("--version").stdout == f"mhaffn {mhaffn.__version__}\n"
+def test_help_teaches(here: Here) -> None:
+    assert "mhaffn doctor" in here("--help")[1]
+    assert "Ctrl-C" in here("run", "--help")[1]
+    assert here("--version")[1] == f"mhaffn {mhaffn.__version__}\n"
 
 
-def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_named(tmp_path: Path, here: Here) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    done = command("demo", "--cache", blocked / "cache")
-    assert done.returncode == 2 and "cannot be written" in done.stderr and "--cache" in done.stderr
+    code, _, err = here("demo", "--cache", blocked / "cache")
+    assert code == 2 and "cannot be written" in err and "--cache" in err

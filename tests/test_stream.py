@@ -36,7 +36,7 @@ class CopyingHost(HostDevice):
 @pytest.fixture
 def copying(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mhaffn.runner.open_device", lambda device, trace: CopyingHost(trace))
-    monkeypatch.setattr("mhaffn.hf.wants_copies", lambda device: True)
+    monkeypatch.setattr("mhaffn.hf.make_plan", lambda *a, **options: make_plan(*a, **(options | {"copies": True})))
 
 
 def greedy(model: mhaffn.StreamedLlama, tokens: int = 6) -> list[int]:
@@ -238,7 +238,9 @@ def test_a_missing_file_is_named(tiny_model: Model, tmp_path: Path) -> None:
     opened = Store.open(store.path)
     path.unlink()
     with pytest.raises(ReadError, match="layer-001-mha"):
-        runner = mhaffn.runner.Runner(opened, make_plan(opened.config, "float32", copies=False), device="cpu")
+        runner = mhaffn.runner.Runner(
+            opened, make_plan(opened.config, "float32", copies=False), device=torch.device("cpu")
+        )
         try:
             for _ in range(2):
                 runner.sweep()
