@@ -554,7 +554,8 @@ void Request::finish(double now, bool keep_lease) {
   std::shared_ptr<Lease> lease;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (done_) return;
+    if (finishing_) return;
+    finishing_ = true;
     lease = std::move(lease_);
   }
   if (keep_lease && lease) Arena::leak(lease);

@@ -137,6 +137,7 @@ class Request {
 
   mutable std::mutex mutex_;
   std::condition_variable change_;
+  bool finishing_ = false;
   std::shared_ptr<Lease> lease_;
   std::vector<Run> runs_;
   size_t first_unready_ = 0;

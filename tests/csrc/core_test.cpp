@@ -1,0 +1,348 @@
+// The engine core against a ring whose faults, order and time come from a seed.
+//
+//   core_test [schedules [first seed]]     a failing seed is printed
+//   core_test --replay SEED                the same schedule again, step by step
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "check.h"
+#include "engine_core.h"
+
+using namespace mhaffn;
+
+namespace {
+
+uint64_t current_seed = 0;
+bool verbose = false;
+constexpr double kStallS = 2.0;
+std::map<std::string, uint64_t> tally;  // of jobs, by how they ended
+
+// A file whose bytes are a function of their offset.
+class FakeFile : public Source {
+ public:
+  FakeFile(int number, uint64_t bytes, uint32_t sector, bool direct, bool may_fall_back)
+      : path_("file" + std::to_string(number)),
+        number_(number),
+        bytes_(bytes),
+        sector_(sector),
+        direct_(direct),
+        may_fall_back_(may_fall_back) {}
+
+  const std::string& path() const override { return path_; }
+  bool direct() const override { return direct_; }
+  uint32_t resume_align() const override { return direct_ ? sector_ : 1; }
+  uint64_t size() const override { return bytes_; }
+  bool fall_back(int) override {
+    if (may_fall_back_) direct_ = false;
+    return may_fall_back_;
+  }
+
+  uint32_t sector() const { return sector_; }
+  void truncate(uint64_t bytes) { bytes_ = std::min(bytes_, bytes); }
+  char at(uint64_t offset) const {
+    const uint64_t mixed =
+        (offset + 1) * 0x9E3779B97F4A7C15ull + static_cast<uint64_t>(number_) * 0xD1B54A32D192ED03ull;
+    return static_cast<char>(mixed >> 56);
+  }
+
+ private:
+  std::string path_;
+  int number_;
+  uint64_t bytes_;
+  uint32_t sector_;
+  bool direct_;
+  bool may_fall_back_;
+};
+
+struct Odds {  // of 1000 completions
+  int partial, again, interrupted, io_error, gone, invalid, canceled;
+};
+
+class FakeJob : public Job {
+ public:
+  static constexpr char kPoison = static_cast<char>(0xA5);
+
+  std::vector<Piece> list;
+  std::vector<uint32_t> done;
+  std::vector<char> memory;
+  std::vector<Failure> failures;
+  bool stop = false;
+  int starts = 0;
+  int drains = 0;
+
+  const std::vector<Piece>& pieces() const override { return list; }
+  bool stopped() const override { return stop; }
+  void started(double) override { CHECK(++starts == 1); }
+  void progressed(size_t piece, uint32_t count, double) override {
+    CHECK(drains == 0);
+    CHECK(count > done[piece] && count <= list[piece].need);
+    const auto* file = static_cast<FakeFile*>(list[piece].source);
+    for (uint32_t i = done[piece]; i < count; ++i) CHECK(list[piece].address[i] == file->at(list[piece].offset + i));
+    done[piece] = count;
+  }
+  void failed(Failure failure) override {
+    CHECK(drains == 0);
+    if (failure.kind == ErrorKind::kTruncated) {
+      const auto piece =
+          std::find_if(list.begin(), list.end(), [&](const Piece& one) { return one.source->path() == failure.path; });
+      CHECK(piece != list.end() && failure.offset == piece->source->size());
+    }
+    failures.push_back(std::move(failure));
+    stop = true;
+  }
+  void drained(double) override { CHECK(++drains == 1); }
+};
+
+class FakeRing : public Ring {
+ public:
+  FakeRing(std::mt19937_64& random, unsigned depth, Odds odds) : random_(random), depth_(depth), odds_(odds) {}
+
+  static constexpr double kStart = 1.0;
+
+  std::vector<std::shared_ptr<FakeJob>> jobs;
+  uint64_t submissions = 0;
+  std::set<int> errors;  // that were injected and cannot be recovered from
+
+  double now() override { return now_; }
+
+  void submit(const Read& read) override {
+    CHECK(flying_.size() < depth_);
+    CHECK(read.length > 0);
+    auto* file = static_cast<FakeFile*>(read.source);
+    if (file->direct()) CHECK(read.offset % file->sector() == 0 && read.length % file->sector() == 0);
+    const auto [job, piece] = owner(read);
+    const uint32_t at = static_cast<uint32_t>(read.address - job->list[piece].address);
+    CHECK(job->drains == 0);
+    CHECK(at >= job->done[piece]);  // what was reported ready is never written again
+    CHECK(at + read.length <= job->list[piece].length);
+    for (const Read& other : flying_) {
+      CHECK(other.token != read.token);
+      CHECK(read.address + read.length <= other.address || other.address + other.length <= read.address);
+    }
+    ++submissions;
+    flying_.push_back(read);
+    direct_at_submit_[read.token] = file->direct();
+    if (verbose)
+      std::printf("%.6f submit %s %llu+%u\n", now_, file->path().c_str(), (unsigned long long)read.offset, read.length);
+  }
+
+  void cancel(uint64_t token) override {
+    for (const Read& read : flying_) {
+      if (read.token == token) return cancelled_.push_back(token);
+    }
+    CHECK(!"a read was cancelled that is not in flight");
+  }
+
+  size_t complete(Completion* completions, size_t capacity, double wait_s) override {
+    CHECK(wait_s >= 0);
+    if (flying_.empty()) {
+      now_ += std::min(wait_s, 0.05);
+      return 0;
+    }
+    now_ += chance(20) ? 1e-3 : 1e-5;
+    if (chance(50)) return 0;  // woken
+    const size_t count = 1 + random_() % std::min(capacity, flying_.size());
+    for (size_t i = 0; i < count; ++i) {
+      const size_t pick = random_() % flying_.size();
+      const Read read = flying_[pick];
+      flying_.erase(flying_.begin() + static_cast<std::ptrdiff_t>(pick));
+      completions[i] = {read.token, outcome(read)};
+      if (verbose)
+        std::printf("%.6f complete %llu+%u: %d\n", now_, (unsigned long long)read.offset, read.length,
+                    completions[i].result);
+    }
+    return count;
+  }
+
+  bool chance(int per_mille) { return static_cast<int>(random_() % 1000) < per_mille; }
+
+ private:
+  std::pair<FakeJob*, size_t> owner(const Read& read) {
+    for (const auto& job : jobs) {
+      for (size_t i = 0; i < job->list.size(); ++i) {
+        const Piece& piece = job->list[i];
+        if (read.address >= piece.address && read.address < piece.address + piece.length) return {job.get(), i};
+      }
+    }
+    CHECK(!"a read goes to memory of no job");
+    std::abort();
+  }
+
+  int32_t outcome(const Read& read) {
+    auto* file = static_cast<FakeFile*>(read.source);
+    if (std::find(cancelled_.begin(), cancelled_.end(), read.token) != cancelled_.end() && chance(500))
+      return -ECANCELED;
+    if (chance(odds_.again)) return -EAGAIN;
+    if (chance(odds_.interrupted)) return -EINTR;
+    if (chance(odds_.canceled)) return -ECANCELED;
+    if (chance(odds_.io_error)) return lasting(EIO);
+    if (chance(odds_.gone)) return lasting(ENODEV);
+    if (direct_at_submit_[read.token] && chance(odds_.invalid)) {
+      errors.insert(EINVAL);
+      return -EINVAL;
+    }
+    if (read.offset >= file->size()) return 0;
+    uint32_t count = static_cast<uint32_t>(std::min<uint64_t>(read.length, file->size() - read.offset));
+    if (chance(odds_.partial)) {
+      const uint32_t step = direct_at_submit_[read.token] ? file->sector() : 1;
+      if (count > step) count = std::max(step, static_cast<uint32_t>(random_() % count) / step * step);
+    }
+    for (uint32_t i = 0; i < count; ++i) read.address[i] = file->at(read.offset + i);
+    return static_cast<int32_t>(count);
+  }
+
+  int32_t lasting(int error) {
+    errors.insert(error);
+    return -error;
+  }
+
+  std::mt19937_64& random_;
+  const unsigned depth_;
+  const Odds odds_;
+  double now_ = kStart;
+  std::vector<Read> flying_;
+  std::vector<uint64_t> cancelled_;
+  std::map<uint64_t, bool> direct_at_submit_;
+};
+
+Odds draw_odds(std::mt19937_64& random) {
+  auto rarely = [&](int most) { return random() % 3 ? 0 : static_cast<int>(random() % most); };
+  if (random() % 100 == 0) return {0, 1000, 0, 0, 0, 0, 0};  // refused for ever
+  return {rarely(900), rarely(700), rarely(700), rarely(60), rarely(30), rarely(200), rarely(100)};
+}
+
+std::shared_ptr<FakeJob> draw_job(std::mt19937_64& random, std::vector<std::unique_ptr<FakeFile>>& files) {
+  constexpr uint32_t kSector = 512;
+  auto job = std::make_shared<FakeJob>();
+  const size_t count = random() % 6;
+  std::vector<uint32_t> lengths(count);
+  size_t total = kSector;
+  for (uint32_t& length : lengths) total += (length = kSector * static_cast<uint32_t>(1 + random() % 8)) + kSector;
+  job->memory.assign(total, FakeJob::kPoison);
+  job->done.assign(count, 0);
+  char* place = job->memory.data() + kSector;  // between pieces lies memory that nothing may write to
+  for (uint32_t length : lengths) {
+    auto* file = files[random() % files.size()].get();
+    const uint32_t need = random() % 2 ? length : 1 + static_cast<uint32_t>(random() % length);
+    uint64_t offset = random() % 20 * kSector;
+    if (random() % 4 && offset + need > file->size()) offset = file->size() / 2 / kSector * kSector;
+    job->list.push_back({file, offset, place, length, need});
+    place += length + kSector;
+  }
+  return job;
+}
+
+void check_job(const FakeJob& job, const FakeRing& ring, bool cancelled) {
+  CHECK(job.drains == 1);
+  for (const Failure& failure : job.failures) {
+    CHECK(!failure.path.empty() && !failure.message.empty());
+    if (failure.kind != ErrorKind::kTruncated) CHECK(ring.errors.count(failure.error) == 1);
+  }
+  CHECK(job.failures.size() <= 1);
+  bool complete = true;
+  for (size_t i = 0; i < job.list.size(); ++i) complete = complete && job.done[i] == job.list[i].need;
+  CHECK(complete || cancelled || !job.failures.empty());
+  // Outside the pieces nothing was written.
+  std::vector<bool> inside(job.memory.size());
+  for (const Piece& piece : job.list) {
+    const auto at = piece.address - job.memory.data();
+    std::fill(inside.begin() + at, inside.begin() + at + piece.length, true);
+  }
+  for (size_t i = 0; i < job.memory.size(); ++i) CHECK(inside[i] || job.memory[i] == FakeJob::kPoison);
+}
+
+void run_schedule(uint64_t seed) {
+  current_seed = seed;
+  std::mt19937_64 random(seed);
+  const unsigned depth = 1 + static_cast<unsigned>(random() % 6);
+  std::vector<std::unique_ptr<FakeFile>> files;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t sector = random() % 2 ? 512 : 256;
+    files.push_back(std::make_unique<FakeFile>(i, random() % 24000, sector, random() % 4 != 0, random() % 3 != 0));
+  }
+  const Odds odds = draw_odds(random);
+  FakeRing ring(random, depth, odds);
+  EngineCore core(ring, {depth, kStallS});
+  std::set<const FakeJob*> cancelled;
+  size_t waiting = random() % 5;
+  for (int turn = 0; waiting > 0 || !core.idle(); ++turn) {
+    CHECK(turn < 200000);
+    if (waiting > 0 && random() % 3 == 0) {
+      --waiting;
+      auto job = draw_job(random, files);
+      ring.jobs.push_back(job);
+      core.add(job);
+    }
+    if (random() % 64 == 0 && !ring.jobs.empty()) {
+      FakeJob* job = ring.jobs[random() % ring.jobs.size()].get();
+      if (job->drains == 0) {
+        job->stop = true;
+        cancelled.insert(job);
+        core.drop_stopped();
+      }
+    }
+    if (random() % 2000 == 0) files[random() % files.size()]->truncate(random() % 12000);
+    core.step(waiting > 0 ? 0.0 : EngineCore::kForever);
+    CHECK(core.in_flight() <= depth);
+  }
+  uint64_t arrived = 0, pieces = 0;
+  for (const auto& job : ring.jobs) {
+    pieces += job->list.size();
+    for (uint32_t bytes : job->done) arrived += bytes;
+  }
+  CHECK(core.bytes_read() == arrived);
+  CHECK(core.busy_s() <= ring.now() - FakeRing::kStart && (core.busy_s() > 0 || ring.submissions == 0));
+  // With rests of up to 20 ms, not as fast as it can.
+  if (odds.again == 1000) CHECK(ring.submissions <= pieces * (static_cast<uint64_t>(kStallS / 20e-3) + 20));
+  // A read that was only ever refused fails with what refused it, after a while.
+  if (ring.now() > FakeRing::kStart + kStallS) {
+    for (int error : {EAGAIN, EINTR, ECANCELED}) ring.errors.insert(error);
+  }
+  for (const auto& job : ring.jobs) {
+    check_job(*job, ring, cancelled.count(job.get()) > 0);
+    if (!job->failures.empty()) {
+      ++tally[job->failures[0].kind == ErrorKind::kTruncated ? "truncated" : errno_text(job->failures[0].error)];
+    } else {
+      ++tally[cancelled.count(job.get()) ? "cancelled" : "complete"];
+    }
+  }
+}
+
+extern "C" void print_seed(int) {
+  char text[128];
+  const int length = snprintf(text, sizeof text, "failing seed: replay with core_test --replay %llu\n",
+                              static_cast<unsigned long long>(current_seed));
+  if (write(2, text, static_cast<size_t>(length)) < 0) _exit(2);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  signal(SIGABRT, print_seed);
+  signal(SIGSEGV, print_seed);
+  if (argc > 2 && strcmp(argv[1], "--replay") == 0) {
+    verbose = true;
+    run_schedule(std::stoull(argv[2]));
+    return 0;
+  }
+  const uint64_t count = argc > 1 ? std::stoull(argv[1]) : 100000;
+  const uint64_t first = argc > 2 ? std::stoull(argv[2]) : 1;
+  const auto start = std::chrono::steady_clock::now();
+  for (uint64_t seed = first; seed < first + count; ++seed) run_schedule(seed);
+  const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  for (const auto& [how, jobs] : tally) std::printf("  %8llu jobs %s\n", (unsigned long long)jobs, how.c_str());
+  for (const char* how : {"complete", "truncated", "cancelled"}) CHECK(count < 1000 || tally[how] > count / 100);
+  std::printf("core_test: %llu schedules, bytes exact or a typed error in each (%.1f s)\n",
+              static_cast<unsigned long long>(count), took);
+  return 0;
+}

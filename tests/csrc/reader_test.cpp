@@ -1,0 +1,228 @@
+// Both engines without Python: many submitters, cancellation, close with reads in flight, memory that cannot be
+// drained. Built plain, with AddressSanitizer and with ThreadSanitizer.
+//
+//   reader_test FOLDER [rounds]
+#include "reader.h"
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+
+using namespace mhaffn;
+
+namespace {
+
+constexpr size_t kFileBytes = (24 << 20) + 1234;
+constexpr size_t kSubmitters = 8;
+std::string path;
+
+char byte_at(uint64_t offset) { return static_cast<char>(((offset + 1) * 0x9E3779B97F4A7C15ull) >> 56); }
+
+void make_file() {
+  std::vector<char> content(kFileBytes);
+  for (size_t i = 0; i < kFileBytes; ++i) content[i] = byte_at(i);
+  const int fd = open(path.c_str(), O_CREAT | O_TRUNC | O_WRONLY, 0600);
+  CHECK(fd >= 0 && write(fd, content.data(), kFileBytes) == static_cast<ssize_t>(kFileBytes) && fsync(fd) == 0);
+  close(fd);
+}
+
+std::shared_ptr<Arena> make_arena(size_t nbytes, bool prefault = true) {
+  ArenaOptions options;
+  options.nbytes = nbytes;
+  options.cuda = UseCuda::kNo;
+  options.prefault = prefault;
+  return Arena::create(options);
+}
+
+ReaderOptions options_of(EngineKind engine) {
+  ReaderOptions options;
+  options.engine = engine;
+  options.block_bytes = 256 << 10;
+  return options;
+}
+
+void nothing() {}
+
+// Waits; true when all bytes arrived, false when it was cancelled.
+bool outcome(Request& request) {
+  try {
+    request.wait(30.0, nothing);
+    return true;
+  } catch (const Error& error) {
+    CHECK(error.failure().kind == ErrorKind::kCancelled);
+    return false;
+  }
+}
+
+void check_bytes(const Request& request, const Lease& lease, const std::vector<Extent>& extents) {
+  for (size_t i = 0; i < extents.size(); ++i) {
+    const char* bytes = lease.address() + request.slot_offset() + request.layout().placements[i];
+    for (uint64_t j = 0; j < extents[i].length; ++j) CHECK(bytes[j] == byte_at(extents[i].offset + j));
+  }
+}
+
+void submit_many(Reader& reader, Arena& arena, uint64_t seed, int rounds, std::atomic<int>& cancelled) {
+  std::mt19937_64 random(seed);
+  for (int round = 0; round < rounds; ++round) {
+    std::vector<Extent> extents(1 + random() % 4);
+    for (Extent& extent : extents) {
+      extent = {path, random() % kFileBytes, 0};
+      extent.length = random() % std::min<uint64_t>(1 << 19, kFileBytes - extent.offset + 1);
+    }
+    const auto lease = arena.lease(lay_out(extents).cover_bytes + kPageBytes, std::nullopt);
+    const auto request = reader.submit(extents, lease, 0);
+    if (random() % 4 == 0) request->cancel();
+    if (random() % 4 == 0) {
+      try {
+        request->wait_ready(random() % (1 << 19), 30.0, nothing);
+      } catch (const Error& error) {
+        CHECK(error.failure().kind == ErrorKind::kCancelled);
+      }
+    }
+    if (outcome(*request)) {
+      check_bytes(*request, *lease, extents);
+    } else {
+      ++cancelled;
+    }
+  }
+}
+
+void test_many_submitters(EngineKind engine, int rounds) {
+  auto arena = make_arena(kSubmitters * (6 << 20));
+  Reader reader(options_of(engine), arena);
+  std::atomic<int> cancelled{0};
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < kSubmitters; ++i) {
+    threads.emplace_back([&, i] { submit_many(reader, *arena, i, rounds, cancelled); });
+  }
+  std::thread watcher([&] {
+    for (int i = 0; i < rounds; ++i) {
+      CHECK(reader.info().leaked_bytes == 0 && arena->info().nbytes == arena->nbytes());
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  });
+  for (std::thread& thread : threads) thread.join();
+  watcher.join();
+  CHECK(cancelled > 0);
+  CHECK(reader.close() == 0);
+  CHECK(arena->info().leased_bytes == 0);
+}
+
+// After close() nothing writes to the slots, whether it is called or left to the destructor.
+void test_close_in_flight(EngineKind engine, bool call_close) {
+  constexpr size_t kRequests = 6;
+  constexpr size_t kLength = 4 << 20;
+  auto arena = make_arena(kRequests * kLength);
+  auto reader = std::make_unique<Reader>(options_of(engine), arena);
+  std::vector<std::shared_ptr<Request>> requests;
+  for (size_t i = 0; i < kRequests; ++i) {
+    requests.push_back(reader->submit({{path, i * kLength, kLength}}, arena->lease(kLength, i * kLength), 0));
+  }
+  requests[0]->wait_ready(1, 30.0, nothing);
+  const auto start = std::chrono::steady_clock::now();
+  if (call_close) CHECK(reader->close() == 0);
+  reader.reset();
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(5));
+  CHECK(arena->info().leased_bytes == 0);
+  memset(arena->address(), 0x5A, arena->nbytes());
+  for (const auto& request : requests) {
+    CHECK(request->done());
+    outcome(*request);
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  for (size_t i = 0; i < arena->nbytes(); ++i) CHECK(arena->address()[i] == 0x5A);
+}
+
+// A read that hangs in the kernel: its memory faults, and nobody answers the fault.
+class Hang {
+ public:
+  Hang(char* address, size_t nbytes) : fd_(static_cast<int>(syscall(SYS_userfaultfd, O_CLOEXEC))) {
+    if (fd_ < 0) return;
+    uffdio_api api = {};
+    api.api = UFFD_API;
+    uffdio_register range = {};
+    range.range = {reinterpret_cast<uintptr_t>(address), nbytes};
+    range.mode = UFFDIO_REGISTER_MODE_MISSING;
+    CHECK(ioctl(fd_, UFFDIO_API, &api) == 0 && ioctl(fd_, UFFDIO_REGISTER, &range) == 0);
+  }
+  ~Hang() {
+    if (fd_ >= 0) close(fd_);  // faults go on
+  }
+  bool works() const { return fd_ >= 0; }
+
+ private:
+  int fd_;
+};
+
+void test_what_cannot_be_drained_is_leaked() {
+  auto arena = make_arena(4 << 20, false);
+  {
+    Hang hang(arena->address(), 2 << 20);
+    if (!hang.works()) {
+      std::printf("  skipped: userfaultfd needs root\n");
+      return;
+    }
+    ReaderOptions options = options_of(EngineKind::kThreads);
+    options.close_limit_s = 0.3;
+    Reader reader(options, nullptr);
+    const auto request = reader.submit({{path, 0, 1 << 20}}, arena->lease(1 << 20, 0), 0);
+    try {
+      request->wait(0.2, nothing);
+      CHECK(!"the read does not hang");
+    } catch (const Error& error) {
+      CHECK(error.failure().kind == ErrorKind::kTimeout);
+    }
+    CHECK(reader.close() == 1 << 20);
+    CHECK(reader.info().leaked_bytes == 1 << 20 && arena->info().leaked_bytes == 1 << 20);
+    CHECK(!outcome(*request));
+    try {
+      arena->lease(4096, 4096);
+      CHECK(!"leaked memory was leased again");
+    } catch (const Error& error) {
+      CHECK(error.failure().kind == ErrorKind::kPinned);
+    }
+    CHECK(arena->lease(4096, std::nullopt)->offset() == 1 << 20);
+    arena->close();
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));  // the stuck threads end
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CHECK(argc > 1);
+  path = std::string(argv[1]) + "/reader_test.data";
+  const int rounds = argc > 2 ? std::stoi(argv[2]) : 40;
+  make_file();
+  std::vector<std::pair<const char*, EngineKind>> engines = {{"threads", EngineKind::kThreads}};
+#ifdef MHAFFN_HAS_LIBURING
+  const std::string reason = why_no_uring();
+  if (reason.empty()) {
+    engines.push_back({"io_uring", EngineKind::kUring});
+  } else {
+    std::printf("  io_uring skipped: %s\n", reason.c_str());
+  }
+#endif
+  for (const auto& [name, engine] : engines) {
+    test_many_submitters(engine, rounds);
+    for (int i = 0; i < 3; ++i) {
+      test_close_in_flight(engine, true);
+      test_close_in_flight(engine, false);
+    }
+    std::printf("reader_test: %s ok\n", name);
+  }
+  test_what_cannot_be_drained_is_leaked();
+  unlink(path.c_str());
+  std::printf("reader_test: ok\n");
+}
