@@ -57,6 +57,11 @@ class Image:
                 merged.append(Segment(source, target, tensor.nbytes))
         return merged
 
+    def check(self, digest: str) -> None:
+        """Raises :class:`ChecksumError` unless ``digest`` is what was packed."""
+        if self.records.checksum is not None:
+            check_digest(self.records.sublayer, self.records.tensors[0].path, digest, self.records.checksum)
+
     def views(self, memory: torch.Tensor, placements: Sequence[int] | None = None) -> Weights:
         """Typed views into ``memory`` (uint8), at ``placements`` or, by default, in this layout."""
         offsets = iter(self.offsets if placements is None else placements)
@@ -90,11 +95,10 @@ def as_buffer(memory: torch.Tensor) -> memoryview:
     return memoryview(memory.numpy())  # type: ignore[arg-type]
 
 
-def check_digest(records: SublayerRecords, digest: str) -> None:
+def check_digest(what: object, path: str, digest: str, expected: str) -> None:
     """Raises :class:`ChecksumError` unless ``digest`` (XXH3-64, hex) is what was packed."""
-    if digest != records.checksum:
-        path = records.tensors[0].path
+    if digest != expected:
         raise ChecksumError(
-            f"{path}: {records.sublayer} is damaged: got checksum {digest}, expected {records.checksum}. "
+            f"{path}: {what} is damaged: got checksum {digest}, expected {expected}. "
             f"Pack the model again; --no-verify reads it regardless."
         )

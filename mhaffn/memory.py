@@ -70,7 +70,12 @@ def load_residents(
             _load_to_device(store, on_device, residents, device, reader, verify, count)
             _load_to_host(on_host, [], residents, reader, verify, count)
         else:
-            _load_to_host(on_host + on_device, list(store.resident.items()), residents, reader, verify, count)
+            tensors = _in_file_order(store)
+            _load_to_host(on_host + on_device, tensors, residents, reader, verify, count)
+            digest = xxhash.xxh3_64()
+            for name, _ in tensors:
+                digest.update(as_buffer(residents.tensors[name].view(torch.uint8).reshape(-1)))
+            _check_resident(store, digest.hexdigest(), verify)
             residents.weights = {
                 sublayer: images[sublayer].views(memory, placements)
                 for sublayer, (memory, placements) in residents.host_images.items()
@@ -80,6 +85,16 @@ def load_residents(
         residents.close()
         raise
     return residents
+
+
+def _in_file_order(store: Store) -> list[tuple[str, TensorInfo]]:
+    return sorted(store.resident.items(), key=lambda item: (item[1].path, item[1].offset))
+
+
+def _check_resident(store: Store, digest: str, verify: bool) -> None:
+    if verify and store.resident_checksum is not None:
+        path = next(iter(store.resident.values())).path
+        check_digest("the resident part", path, digest, store.resident_checksum)
 
 
 class _Counter:
@@ -114,8 +129,8 @@ def _load_to_host(
         memory = torch.frombuffer(slot, dtype=torch.uint8)
         if number < len(images):
             image = images[number]
-            if verify and image.records.checksum:
-                check_digest(image.records, _hash(image, memory, request.placements))
+            if verify:
+                image.check(_hash(memory, image.records.tensors, request.placements))
             residents.host_images[image.records.sublayer] = memory, request.placements
         else:
             name, tensor = tensors[number - len(images)]
@@ -148,9 +163,9 @@ def _in_turn(reader: Reader, arena: PinnedArena, jobs: list[list[Extent]]) -> It
             slot.release()
 
 
-def _hash(image: Image, memory: torch.Tensor, placements: Iterable[int]) -> str:
+def _hash(memory: torch.Tensor, tensors: Iterable[TensorInfo], placements: Iterable[int]) -> str:
     digest = xxhash.xxh3_64()
-    for tensor, offset in zip(image.records.tensors, placements, strict=True):
+    for tensor, offset in zip(tensors, placements, strict=True):
         digest.update(as_buffer(memory[offset : offset + tensor.nbytes]))
     return digest.hexdigest()
 
@@ -166,20 +181,21 @@ def _load_to_device(
 ) -> None:
     """Reads piece by piece through a small arena of its own and copies to tensors on the device."""
     with PinnedArena(PIECES * (PIECE_BYTES + 2 * PAGE)) as arena:
-        for name, tensor in store.resident.items():
+        digest = xxhash.xxh3_64()
+        for name, tensor in _in_file_order(store):
             target = torch.empty(tensor.nbytes, dtype=torch.uint8, device=device.torch_device)
-            for _ in _pieces(reader, arena, tensor, target, count):
-                pass
+            for piece in _pieces(reader, arena, tensor, target, count):
+                digest.update(as_buffer(piece))
             residents.tensors[name] = view(target, 0, tensor)
+        _check_resident(store, digest.hexdigest(), verify)
         for image in images:
             memory = torch.empty(image.nbytes, dtype=torch.uint8, device=device.torch_device)
-            digest = xxhash.xxh3_64() if verify and image.records.checksum else None
+            digest = xxhash.xxh3_64()
             for tensor, offset in zip(image.records.tensors, image.offsets, strict=True):
                 for piece in _pieces(reader, arena, tensor, memory[offset : offset + tensor.nbytes], count):
-                    if digest is not None:
-                        digest.update(as_buffer(piece))
-            if digest is not None:
-                check_digest(image.records, digest.hexdigest())
+                    digest.update(as_buffer(piece))
+            if verify:
+                image.check(digest.hexdigest())
             residents.weights[image.records.sublayer] = image.views(memory)
 
 

@@ -23,7 +23,7 @@ import xxhash
 from mhaffn.config import Sublayer
 from mhaffn.device import CudaDevice, Event, HostDevice
 from mhaffn.errors import ReadError, StreamError
-from mhaffn.image import Image, Segment, Weights, check_digest
+from mhaffn.image import Image, Segment, Weights
 from mhaffn.plan import Plan
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ class Stream:
         request.wait()
         self._trace.add("ssd", read.sublayer, self._moving_pass, request.started_s, request.finished_s, records.nbytes)
         if digest is not None:
-            check_digest(records, digest.hexdigest())
+            self._images[read.sublayer].check(digest.hexdigest())
 
     def _take_slot(self, image: Image) -> torch.Tensor:
         """Room on the device; copies into it wait for the last compute that read what was there."""

@@ -217,6 +217,16 @@ def test_a_flipped_bit_is_found_before_it_becomes_text(tiny_model: Model, tmp_pa
         load_and_run(store.path, device="cpu", tiers=tiers, verify=False)
 
 
+def test_a_flipped_bit_in_the_embedding_is_found(tiny_model: Model, tmp_path: Path) -> None:
+    store = pack(tiny_model(), tmp_path / "store")
+    path = Path(store.resident["head"].path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ChecksumError, match="the resident part is damaged"):
+        load_and_run(store.path, device="cpu")
+
+
 @pytest.mark.usefixtures("copying")
 def test_a_flipped_bit_is_found_on_its_way_to_the_device(tiny_model: Model, tmp_path: Path) -> None:
     store = pack(tiny_model(), tmp_path / "store")

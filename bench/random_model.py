@@ -1,0 +1,78 @@
+"""Random checkpoints of real widths, written fast: for measuring streams without real weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from mhaffn.config import ModelConfig
+from mhaffn.store.safetensors import write_header
+from mhaffn.store.source import tensors_by_file
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama3-70b": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "num_hidden_layers": 80, "vocab_size": 32000,
+    },
+    "llama3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "num_hidden_layers": 32, "vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 4, "vocab_size": 1000,
+    },
+}  # fmt: skip
+
+
+def write_random_model(folder: Path, shape: str, layers: int | None = None) -> int:
+    """Writes a packed store of random bfloat16 weights into ``folder``; returns the bytes of its layers.
+
+    Layers repeat the values of the first one, in files of their own.
+    """
+    values = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    values |= {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072, "tie_word_embeddings": False, "dtype": "bfloat16",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "bos_token_id": 1, "eos_token_id": None,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    config = ModelConfig.from_folder(folder)
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(1 << 24, generator=generator).mul_(config.hidden_size**-0.5).bfloat16()
+    payloads: dict[str, bytes] = {}
+    checksums, weight_map, total = {}, {}, 0
+    for name, key, shapes in tensors_by_file(config):
+        entries = {tensor: ("BF16", size, math.prod(size) * 2) for tensor, size in shapes.items()}
+        kind = key.rpartition(".")[2]
+        if kind not in payloads:
+            payloads[kind] = b"".join(_values(tensor, size, pool) for tensor, size in shapes.items())
+        payload = payloads[kind]
+        digest = xxhash.xxh3_64(payload).hexdigest()
+        with (folder / name).open("wb") as file:
+            file.write(write_header(entries, {"format": "pt", "xxh3_64": digest}, 4096))
+            file.write(payload)
+        checksums[key] = digest
+        if kind != "resident":
+            total += len(payload)
+        weight_map |= dict.fromkeys(shapes, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    manifest = {"version": 1, "dtype": "bfloat16", "source": "random", "checksums": checksums}
+    (folder / "mhaffn.json").write_text(json.dumps(manifest))
+    return total
+
+
+def _values(tensor: str, size: tuple[int, ...], pool: torch.Tensor) -> bytes:
+    count = math.prod(size)
+    if len(size) == 1:
+        return torch.ones(count, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    start = zlib.crc32(tensor.encode()) % 4096
+    rolled = pool.roll(start)
+    return rolled.repeat(-(-count // rolled.numel()))[:count].contiguous().view(torch.uint8).numpy().tobytes()
