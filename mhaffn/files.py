@@ -1,0 +1,81 @@
+"""Opening files that may be anything: a pipe, a device, far too large, or no JSON at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import reprlib
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mhaffn.errors import MhaffnError
+
+JSON_BYTES_MAX = 64 << 20
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxstring, _short.maxother = 2, 4, 8, 120, 120
+
+
+def shown(value: object) -> str:
+    """``value`` as an error message shows it: escaped, and short however long or deep it is."""
+    return _short.repr(value)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a regular file for reading; raises :class:`OSError`, and never waits for a writer."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError:  # a zero byte, or characters that no file name can hold
+        raise OSError(errno.EINVAL, "no possible file name", str(path)) from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file", str(path))
+    return open(descriptor, "rb")  # noqa: PTH123 – a descriptor has no Path
+
+
+def parse_json(content: bytes) -> Any:
+    """The JSON value in ``content``; raises :class:`ValueError` for all that is wrong with it.
+
+    A key that stands twice in one object is refused: readers differ in which of the two they take.
+    """
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json_object(path: Path, raises: type[MhaffnError], advice: str) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises :class:`FileNotFoundError` when there is no such file, and ``raises`` – its message ends with
+    ``advice`` – when it cannot be read, is larger than 64 MiB, or holds anything but one JSON object.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(JSON_BYTES_MAX + 1)
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            raise raises(f"{path} is a link to a file that is not there. {advice}") from None
+        raise
+    except OSError as error:
+        raise raises(f"{path} cannot be read: {error.strerror}. {advice}") from error
+    if len(content) > JSON_BYTES_MAX:
+        raise raises(f"{path}: got more than {JSON_BYTES_MAX} bytes, expected a small JSON file. {advice}")
+    try:
+        values = parse_json(content)
+    except ValueError as error:
+        raise raises(f"{path} is not valid JSON: {error}. {advice}") from error
+    if not isinstance(values, dict):
+        raise raises(f"{path}: got {shown(values)}, expected a JSON object. {advice}")
+    return values
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return values
