@@ -8,15 +8,16 @@ sublayer (:mod:`mhaffn.store.manifest`).
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from mhaffn.config import Kind, ModelConfig, Sublayer, order
+from mhaffn.config import SUPPORTED, Kind, ModelConfig, Sublayer, order
 from mhaffn.errors import CorruptFileError, StoreError, UnsupportedModelError
-from mhaffn.store.manifest import Manifest
+from mhaffn.files import read_json_object, shown
+from mhaffn.store.manifest import RESIDENT_KEY, UNFINISHED_NAME, Manifest
 from mhaffn.store.safetensors import TensorInfo, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,6 +39,7 @@ TENSOR_NAMES: dict[Kind, dict[str, str]] = {
         "norm": "post_attention_layernorm.weight",
     },
 }
+_DOWNLOAD_AGAIN = "Download the model again: its files do not belong together."
 RESIDENT_NAMES = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 
 
@@ -77,7 +79,10 @@ class SublayerRecords:
 
 @dataclass(frozen=True)
 class Store:
-    """An opened model folder. Holds no file open; every name, offset and shape in it has been checked."""
+    """An opened model folder. Holds no file open; every name, offset and shape in it has been checked.
+
+    ``resident_checksum`` is what the bytes of ``resident`` should hash to, in file order (None: unknown).
+    """
 
     path: Path
     config: ModelConfig
@@ -85,6 +90,7 @@ class Store:
     sublayers: Mapping[Sublayer, SublayerRecords]
     resident: Mapping[str, TensorInfo]
     packed: bool
+    resident_checksum: str | None = None
 
     @staticmethod
     def open(folder: str | Path, *, any_dtype: bool = False) -> Store:
@@ -95,8 +101,15 @@ class Store:
         :class:`CorruptFileError` or :class:`TruncatedFileError`.
         """
         folder = Path(folder)
+        if os.path.lexists(folder / UNFINISHED_NAME):
+            raise StoreError(
+                f"{folder} is an unfinished pack. Run the same `mhaffn pack` again: it goes on from there."
+            )
         config = ModelConfig.from_folder(folder)
         tensors = _tensors(folder)
+        if config.tie_word_embeddings and RESIDENT_NAMES["head"] in tensors:
+            # Written with a head of its own, which may differ from the embedding: the bytes decide.
+            config = replace(config, tie_word_embeddings=False)
         manifest = Manifest.read(folder)
         resident = {
             name: _checked(folder, tensors, RESIDENT_NAMES[name], shape)
@@ -105,13 +118,19 @@ class Store:
         sublayers = {
             sublayer: _sublayer(folder, tensors, config, sublayer, manifest) for sublayer in order(config.num_layers)
         }
+        dtype = _dtype(folder, [*resident.values(), *(t for s in sublayers.values() for t in s.tensors)], any_dtype)
+        if manifest is not None and manifest.dtype != dtype:
+            raise CorruptFileError(
+                f"{folder}: got weights in {dtype}, expected {manifest.dtype}, as the manifest says. Pack it again."
+            )
         return Store(
             path=folder,
             config=config,
-            dtype=_dtype(folder, [*resident.values(), *(t for s in sublayers.values() for t in s.tensors)], any_dtype),
+            dtype=dtype,
             sublayers=sublayers,
             resident=resident,
             packed=manifest is not None,
+            resident_checksum=manifest.checksum(folder, RESIDENT_KEY) if manifest else None,
         )
 
 
@@ -123,34 +142,41 @@ def tensor_name(sublayer: Sublayer, weight: str) -> str:
 def _tensors(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint by name; with an index, only from the shard it names."""
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
-    if index.exists():
+    if os.path.lexists(index):
         weight_map = _weight_map(index)
         shards = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
         found = {(shard, t.name): t for shard, header in shards.items() for t in header.tensors}
-        missing = [f"{name} in {shard}" for name, shard in weight_map.items() if (shard, name) not in found]
-        if missing:
-            raise CorruptFileError(f"{index} names tensors that are not there: {', '.join(missing[:3])}")
+        for name, shard in weight_map.items():
+            if (shard, name) not in found:
+                raise CorruptFileError(
+                    f"{index}: got tensor {shown(name)} in {shown(shard)}, but that file does not hold it. "
+                    f"{_DOWNLOAD_AGAIN}"
+                )
         return {name: found[shard, name] for name, shard in weight_map.items()}
-    if single.exists():
+    if os.path.lexists(single):
         return {tensor.name: tensor for tensor in read_header(single).tensors}
     others = sorted(path.name for path in folder.glob("*") if path.suffix in (".gguf", ".bin", ".pth", ".pt"))
-    hint = f" It holds {', '.join(others[:3])}; `mhaffn pack` reads GGUF files." if others else ""
-    raise StoreError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.{hint}")
+    hint = f" It holds {', '.join(map(shown, others[:3]))}; `mhaffn pack` reads GGUF files." if others else ""
+    raise StoreError(
+        f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.{hint} Download the model's safetensors files."
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CorruptFileError(f"{index} is not a JSON object with a weight_map ({error!r})") from error
+    weight_map = read_json_object(index, CorruptFileError, _DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CorruptFileError(f"{index}: weight_map is a {type(weight_map).__name__}, expected an object")
+        raise CorruptFileError(f"{index}: got weight_map {shown(weight_map)}, expected an object. {_DOWNLOAD_AGAIN}")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard or "\0" in shard or "\\" in shard:
-            raise CorruptFileError(f"{index}: got {shard!r:.80} as the shard of {name!r}, expected a file name")
+        if not isinstance(shard, str) or not shard or not shard.isprintable() or "\\" in shard:
+            raise CorruptFileError(
+                f"{index}: got {shown(shard)} as the file of {shown(name)}, expected a file name. {_DOWNLOAD_AGAIN}"
+            )
         parts = PurePosixPath(shard)
         if parts.is_absolute() or ".." in parts.parts:
-            raise CorruptFileError(f"{index}: shard {shard!r} leaves the model folder; refusing to follow it")
+            raise CorruptFileError(
+                f"{index}: got {shown(shard)} as the file of {shown(name)}, expected one inside the model folder: "
+                f"refusing to follow it. {_DOWNLOAD_AGAIN}"
+            )
     return weight_map
 
 
@@ -166,15 +192,16 @@ def _sublayer(
     return SublayerRecords(sublayer, tuple(records), checksum)
 
 
-def _checked(
-    folder: Path, tensors: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]
-) -> TensorInfo:
+def _checked(folder: Path, tensors: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) -> TensorInfo:
     tensor = tensors.get(name)
     if tensor is None:
-        raise CorruptFileError(f"{folder}: tensor {name} is missing; config.json and the weights do not belong together")
+        raise CorruptFileError(
+            f"{folder}: got no tensor {name}, expected one of shape {list(shape)}. {_DOWNLOAD_AGAIN}"
+        )
     if tensor.shape != shape:
         raise CorruptFileError(
-            f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
+            f"{tensor.path}: got tensor {name} of shape {shown(list(tensor.shape))}, expected {list(shape)}, as "
+            f"config.json says. {_DOWNLOAD_AGAIN}"
         )
     return tensor
 
@@ -186,7 +213,11 @@ def _dtype(folder: Path, tensors: list[TensorInfo], any_dtype: bool) -> str:
     found = [dtype for dtype, _ in nbytes.most_common()]
     unknown = [dtype for dtype in found if dtype not in TORCH_DTYPES]
     if unknown or (len(found) > 1 and not any_dtype):
-        hint = "" if unknown else f" `mhaffn pack {folder} DST --dtype bfloat16` writes such a store."
+        hint = (
+            f" Supported: {SUPPORTED}."
+            if unknown
+            else f" `mhaffn pack {folder} DST --dtype bfloat16` writes such a store."
+        )
         raise UnsupportedModelError(
             f"{folder}: got weights of dtype {', '.join(found)}, expected all BF16, all F16 or all F32.{hint}"
         )

@@ -13,15 +13,19 @@ def resolve(model: str | Path) -> Path:
 
     Nothing is downloaded. Raises :class:`StoreError` with what to do when there is no such folder.
     """
-    path = Path(model).expanduser()
+    name = os.fspath(model)
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:
+        raise StoreError(f"{name}: {error}. Give the folder's whole path.") from error
     if path.is_dir():
         return path
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         problem = "is a GGUF file: make a store of it first" if path.is_file() else "does not exist"
         raise StoreError(f"{path} {problem} (mhaffn pack {path} DST, then mhaffn run DST)")
-    name = os.fspath(model)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise StoreError(f"{path} is no model folder. Give a folder with config.json, or a hub id such as org/name.")
+        problem = "is a file" if path.exists() else "does not exist"
+        raise StoreError(f"{path} {problem}. Give a folder with config.json, or a hub id such as org/name.")
     return _cached(name)
 
 
@@ -31,8 +35,12 @@ def _cached(repo_id: str) -> Path:
 
     try:
         return Path(snapshot_download(repo_id, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        # The hub calls a snapshot incomplete for want of any file of the repository, pictures too. Whether
+        # all that a model needs is there is found on opening it.
+        partial = getattr(error, "snapshot_path", None)
+        if partial is not None:
+            return Path(partial)
         raise StoreError(
-            f"{repo_id} is neither a folder nor a model in the local hub cache. "
-            f"Fetch it with: hf download {repo_id}"
+            f"{repo_id} is neither a folder nor a model in the local hub cache. Fetch it with: hf download {repo_id}"
         ) from None

@@ -13,11 +13,14 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeGuard
 
 from mhaffn.errors import CorruptFileError, StoreError, TruncatedFileError
+from mhaffn.files import open_regular, parse_json, shown
 
 HEADER_BYTES_MAX = 100_000_000
+DIMENSIONS_MAX = 64
+FETCH_AGAIN = "It is no safetensors file, or is damaged: fetch it again."
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -53,86 +56,90 @@ def read_header(path: str | Path) -> FileHeader:
     """
     path = os.fspath(path)
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            return _parse(path, size, _header_bytes(file, path, size))
+            header = _header_bytes(file, path, size)
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist. Fetch the missing file, or download the model again.") from None
-    except TruncatedFileError:
-        raise
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+        raise StoreError(f"{path} cannot be read: {error.strerror}. Fetch the file again.") from error
+    return _parse(path, size, header)
 
 
-def _header_bytes(file: Any, path: str, size: int) -> bytes:
+def _header_bytes(file: BinaryIO, path: str, size: int) -> bytes:
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise CorruptFileError(f"{path}: got a file of {size} bytes, expected a safetensors header of at least 8")
+        raise CorruptFileError(f"{path}: got a file of {size} bytes, expected a header of at least 8. {FETCH_AGAIN}")
     (length,) = struct.unpack("<Q", prefix)
     if length > min(HEADER_BYTES_MAX, size - 8):
         raise CorruptFileError(
-            f"{path}: the header claims {length} bytes, but the file has {size} and the format's limit is "
-            f"{HEADER_BYTES_MAX}. It is no safetensors file, or is damaged: fetch it again."
+            f"{path}: got a header of {length} bytes, expected at most {min(HEADER_BYTES_MAX, size - 8)}: "
+            f"the file has {size}, and the format's limit is {HEADER_BYTES_MAX}. {FETCH_AGAIN}"
         )
-    header: bytes = file.read(length)
-    return header
+    return file.read(length)
 
 
 def _parse(path: str, size: int, header: bytes) -> FileHeader:
     try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: the header is not valid JSON ({error}); fetch the file again") from error
+        entries = parse_json(header)
+    except ValueError as error:
+        raise CorruptFileError(f"{path}: the header is not valid JSON: {error}. {FETCH_AGAIN}") from error
     if not isinstance(entries, dict):
-        raise CorruptFileError(f"{path}: the header is a JSON {type(entries).__name__}, expected an object")
-    metadata = entries.pop("__metadata__", {})
+        raise CorruptFileError(f"{path}: the header is {shown(entries)}, expected a JSON object. {FETCH_AGAIN}")
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CorruptFileError(f"{path}: __metadata__ is {metadata!r:.80}, expected an object of strings")
+        raise CorruptFileError(f"{path}: __metadata__ is {shown(metadata)}, expected strings by name. {FETCH_AGAIN}")
     start = 8 + len(header)
     tensors = sorted(
         (_tensor(path, start, name, entry) for name, entry in entries.items()), key=lambda t: (t.offset, t.nbytes)
     )
+    _check_cover(path, start, size, tensors)
+    return FileHeader(tuple(tensors), metadata)
+
+
+def _check_cover(path: str, start: int, size: int, tensors: list[TensorInfo]) -> None:
+    """Tensors must follow one another, without overlap or hole, from the header to the end of the file."""
     end = start
     for tensor in tensors:
-        if tensor.offset < end:
-            raise CorruptFileError(f"{path}: tensor {tensor.name!r} overlaps the one before it, at byte {tensor.offset}")
-        end = tensor.offset + tensor.nbytes
+        if tensor.offset != end:
+            problem = "overlaps the one before it" if tensor.offset < end else "leaves a hole before it"
+            raise CorruptFileError(
+                f"{path}: tensor {shown(tensor.name)} {problem}: got {tensor.offset}, expected {end}. {FETCH_AGAIN}"
+            )
+        end += tensor.nbytes
     if end > size:
         raise TruncatedFileError(
             f"{path} is truncated: got {size} bytes, expected {end}. Fetch the file again.",
             op="open", path=path, offset=size, length=end - size,
         )  # fmt: skip
-    return FileHeader(tuple(tensors), metadata)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return entries
+    if end < size:
+        raise CorruptFileError(f"{path}: got {size} bytes, expected {end}, where its tensors end. {FETCH_AGAIN}")
 
 
 def _tensor(path: str, start: int, name: str, entry: Any) -> TensorInfo:
     def corrupt(what: str) -> CorruptFileError:
-        return CorruptFileError(f"{path}: tensor {name!r}: {what}")
+        return CorruptFileError(f"{path}: tensor {shown(name)}: {what}. {FETCH_AGAIN}")
 
     if not isinstance(entry, dict):
-        raise corrupt(f"got {entry!r:.80}, expected an object with dtype, shape and data_offsets")
+        raise corrupt(f"got {shown(entry)}, expected an object with dtype, shape and data_offsets")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise corrupt(f"got dtype {dtype!r:.40}, expected one of {', '.join(DTYPE_BITS)}")
-    if not _whole_numbers(shape):
-        raise corrupt(f"got shape {shape!r:.80}, expected a list of whole numbers")
+        raise corrupt(f"got dtype {shown(dtype)}, expected one of {', '.join(DTYPE_BITS)}")
+    if not _whole_numbers(shape) or len(shape) > DIMENSIONS_MAX:
+        raise corrupt(f"got shape {shown(shape)}, expected a list of at most {DIMENSIONS_MAX} whole numbers")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise corrupt(f"got data_offsets {offsets!r:.80}, expected [begin, end]")
+        raise corrupt(f"got data_offsets {shown(offsets)}, expected [begin, end]")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     length = offsets[1] - offsets[0]
-    if bits % 8 or bits // 8 != length:
-        raise corrupt(f"{dtype} of shape {shape} takes {bits / 8:g} bytes, but data_offsets span {length}")
+    if bits != length * 8:
+        raise corrupt(
+            f"got data_offsets that span {length} bytes, expected {shown(bits)} bits: {dtype} of shape {shown(shape)}"
+        )
     return TensorInfo(name, dtype, tuple(shape), path, start + offsets[0], length)
 
 
-def _whole_numbers(value: Any) -> bool:
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value
     )
