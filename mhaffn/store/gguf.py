@@ -6,19 +6,23 @@ rotates halves. Undoing the permutation is what keeps a model right beyond its f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mhaffn.config import ModelConfig, order
+from mhaffn.config import SUPPORTED, ModelConfig, order
 from mhaffn.errors import ConfigError, CorruptFileError, StoreError, UnsupportedModelError
+from mhaffn.files import shown
 from mhaffn.store.format import RESIDENT_NAMES, tensor_name
+from mhaffn.store.gguf_header import check_header
 
 if TYPE_CHECKING:
     import torch
+    from gguf import GGUFReader, ReaderTensor
 
 WEIGHT_NAMES = {
     "mha": {"wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output", "norm": "attn_norm"},
@@ -27,6 +31,14 @@ WEIGHT_NAMES = {
 RESIDENT = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 ROPE_FACTORS = "rope_freqs.weight"
+NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",),
+    "rope.scale_linear": (1.0,),
+    "attention.sliding_window": (0,),
+    "attention.scale": (0.0,),
+    "attention.causal": (True,),
+    "expert_count": (0,),
+}
 
 
 class GgufSource:
@@ -40,21 +52,44 @@ class GgufSource:
             from gguf import GGUFReader
         except ImportError:
             raise ConfigError(f"{path}: reading GGUF needs the gguf package: pip install 'mhaffn[gguf]'") from None
-        if not path.is_file():
-            raise StoreError(f"{path} does not exist")
+        try:
+            check_header(path)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}. Give a GGUF file or a model folder.") from error
         try:
             reader = GGUFReader(str(path))
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         except Exception as error:  # the parser meets hostile bytes with whatever numpy or struct raises
-            raise CorruptFileError(f"{path} is no readable GGUF file ({error!r:.200}); fetch it again") from error
+            raise CorruptFileError(f"{path} is no readable GGUF file ({error!r:.200}). Fetch it again.") from error
+        _refuse_options(path, reader)
         self.config = ModelConfig.from_dict(self.config_values(), where=str(path))
-        self._names = _names(self.config)
-        missing = [name for name in self._names.values() if name not in self._tensors]
-        if missing:
-            raise CorruptFileError(f"{path}: tensors are missing: {', '.join(missing[:3])}")
+        self._names, self._shapes = _names(self.config), _shapes(self.config)
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        for name, stored_name in self._names.items():
+            if stored_name not in self._tensors:
+                raise CorruptFileError(
+                    f"{self.path}: got no tensor {stored_name}, expected one of shape {list(self._shapes[name])}. "
+                    f"Parts of a split GGUF must be merged first; otherwise fetch the file again."
+                )
+            shape = _shape(self._tensors[stored_name])
+            if shape != self._shapes[name]:
+                raise CorruptFileError(
+                    f"{self.path}: got tensor {stored_name} of shape {list(shape)}, expected "
+                    f"{list(self._shapes[name])}. Fetch the file again."
+                )
+        unknown = sorted(self._tensors.keys() - set(self._names.values()) - {ROPE_FACTORS})
+        if unknown:
+            raise UnsupportedModelError(
+                f"{self.path}: got tensor {shown(unknown[0])}, expected none such in a Llama. Supported: {SUPPORTED}."
+            )
 
     def fingerprint(self) -> list[list[str | int]]:
-        status = self.path.stat()
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be read any more: {error.strerror}. Fetch it again.") from error
         return [[self.path.name, status.st_size, status.st_mtime_ns]]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -66,10 +101,10 @@ class GgufSource:
             values = dequantize(stored.data, stored.tensor_type)
         except NotImplementedError:
             raise UnsupportedModelError(
-                f"{self.path}: tensor {stored.name} is of type {stored.tensor_type.name}, which cannot be dequantised"
+                f"{self.path}: got tensor {stored.name} of type {stored.tensor_type.name}, expected one that the gguf "
+                f"package dequantises. Pack another quantisation of the model."
             ) from None
-        shape = tuple(int(n) for n in reversed(stored.shape))
-        values = values.reshape(shape)
+        values = values.reshape(self._shapes[name])
         if name.endswith("q_proj.weight"):
             values = _undo_rotary_rows(values, self.config.num_heads)
         elif name.endswith("k_proj.weight"):
@@ -86,25 +121,50 @@ class GgufSource:
         try:
             config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         except Exception as error:  # transformers raises many kinds for a GGUF it does not know
-            raise UnsupportedModelError(f"{self.path}: transformers finds no configuration in it: {error}") from error
+            raise UnsupportedModelError(
+                f"{self.path}: transformers finds no configuration in it: {error}. Supported: {SUPPORTED}."
+            ) from error
         values: dict[str, Any] = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
         architecture = ARCHITECTURES.get(config.model_type)
         if architecture is None:
-            raise UnsupportedModelError(f"{self.path}: got architecture {config.model_type!r}, expected llama")
+            raise UnsupportedModelError(
+                f"{self.path}: got architecture {shown(config.model_type)}, expected llama. Supported: {SUPPORTED}."
+            )
         values["architectures"] = [architecture]
         values["tie_word_embeddings"] = RESIDENT["head"] not in self._tensors
         if ROPE_FACTORS in self._tensors:
             factors = np.asarray(self._tensors[ROPE_FACTORS].data, dtype=np.float64).reshape(-1)
-            theta = float((values.get("rope_parameters") or values).get("rope_theta", 10000.0))
-            values["rope_parameters"] = _llama3_rope(self.path, factors, theta)
+            pairs = ModelConfig.from_dict(values, where=str(self.path)).head_dim // 2
+            theta = float(config.rope_parameters["rope_theta"])
+            values["rope_parameters"] = _llama3_rope(self.path, factors, pairs, theta)
         return values
 
-    def write_side_files(self, folder: Path) -> None:
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
         from transformers import AutoTokenizer, GenerationConfig
 
-        AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
         ids = {name: self._config_values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        GenerationConfig(**{name: value for name, value in ids.items() if value is not None}).save_pretrained(folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+                tokenizer.save_pretrained(scratch)
+                known = {name: value for name, value in ids.items() if value is not None}
+                GenerationConfig(**known).save_pretrained(scratch)
+            except Exception as error:  # transformers raises many kinds for a vocabulary it does not know
+                raise UnsupportedModelError(
+                    f"{self.path}: transformers finds no tokenizer in it: {error!r:.300}. Pack the original model."
+                ) from error
+            for path in sorted(Path(scratch).iterdir()):
+                yield path.name, path.read_bytes()
+
+
+def _refuse_options(path: Path, reader: GGUFReader) -> None:
+    """Raises for what a GGUF can ask of a Llama and transformers would pass over in silence."""
+    for key, field in reader.fields.items():
+        expected = NEUTRAL_OPTIONS.get(key.partition(".")[2])
+        if expected is not None and field.contents() not in expected:
+            raise UnsupportedModelError(
+                f"{path}: got {key} = {shown(field.contents())}, expected {expected[0]!r}. Supported: {SUPPORTED}."
+            )
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
@@ -116,28 +176,45 @@ def _names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes by Hugging Face's names."""
+    shapes = {RESIDENT_NAMES[name]: shape for name, shape in config.resident_shapes().items()}
+    for sublayer in order(config.num_layers):
+        for weight, shape in config.sublayer_shapes(sublayer.kind).items():
+            shapes[tensor_name(sublayer, weight)] = shape
+    return shapes
+
+
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
 def _undo_rotary_rows(values: np.ndarray, heads: int) -> np.ndarray:
     """Rows of each head from pairs (0, K/2), (1, K/2+1), … back to 0, 1, …, K-1."""
     rows, columns = values.shape
     return values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def _llama3_rope(path: Path, factors: np.ndarray, theta: float) -> Mapping[str, Any]:
+def _llama3_rope(path: Path, factors: np.ndarray, pairs: int, theta: float) -> Mapping[str, Any]:
     """The llama3 scaling whose frequency divisors are ``factors``; they must fit it exactly.
 
     GGUF keeps the divisors, not the parameters. Llama 3.1 and later share all parameters but the factor.
     """
+    factor = float(factors.max(initial=1.0))
     parameters = {
         "rope_type": "llama3",
         "rope_theta": theta,
-        "factor": float(factors.max()),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    wavelengths = 2 * np.pi * theta ** (np.arange(len(factors)) / len(factors))
+    wavelengths = 2 * np.pi * theta ** (np.arange(pairs) / pairs)
     blend = np.clip((8192 / wavelengths - 1.0) / (4.0 - 1.0), 0, 1)
-    expected = 1 / ((1 - blend) / parameters["factor"] + blend)
-    if not np.allclose(factors, expected, rtol=1e-3):
-        raise UnsupportedModelError(f"{path}: {ROPE_FACTORS} is no llama3 RoPE scaling; pack the original instead")
+    expected = 1 / ((1 - blend) / factor + blend)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+        raise UnsupportedModelError(
+            f"{path}: got {len(factors)} RoPE divisors, {np.array2string(factors, threshold=4)}, in {ROPE_FACTORS}, "
+            f"expected those of a llama3 scaling for {pairs}. Pack the original model instead."
+        )
     return parameters

@@ -14,19 +14,22 @@ A pack that was killed goes on where it stopped, and ends byte for byte as if it
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import xxhash
 
-from mhaffn.config import DTYPES, format_bytes
-from mhaffn.errors import ConfigError, CorruptFileError, StoreError
+from mhaffn.config import DTYPES, ModelConfig, format_bytes
+from mhaffn.errors import ConfigError, CorruptFileError, MhaffnError, StoreError
+from mhaffn.files import shown
 from mhaffn.store import manifest
 from mhaffn.store.format import INDEX_NAME, TORCH_DTYPES, Store
 from mhaffn.store.safetensors import read_header, write_header
@@ -36,10 +39,10 @@ if TYPE_CHECKING:
     import torch
 
 ALIGN = 4096
-STATE_NAME = "mhaffn-pack.json"
 CHECKSUM_KEY = "xxh3_64"
 SAFETENSORS_DTYPES = {name: code for code, name in TORCH_DTYPES.items()}
 HEADROOM_BYTES = 64 << 20
+_WIDER = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
 
 
 @dataclass(frozen=True)
@@ -67,40 +70,74 @@ def pack(
     written or holds something else, and what reading the source raises.
     """
     origin, target = open_source(Path(source)), Path(target)
-    dtype = dtype or origin.dtype
+    dtype = origin.dtype if dtype is None else dtype
     if dtype not in DTYPES:
-        raise ConfigError(f"got dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise ConfigError(f"got dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
     try:
-        _begin(origin, target, dtype)
-        return _write(origin, target, dtype, progress)
+        with _claim(origin, target, dtype):
+            return _write(origin, target, dtype, progress)
     except OSError as error:
-        if isinstance(error, StoreError):
+        if isinstance(error, MhaffnError):
             raise
-        raise StoreError(f"{target} cannot be written: {error}. What is done is kept: pack again to go on.") from error
-
-
-def _begin(source: Source, target: Path, dtype: str) -> None:
-    """Claims ``target`` for this source and dtype, or finds that an earlier try did."""
-    if target.exists() and source.path.resolve() == target.resolve():
-        raise StoreError(f"{target}: source and target are the same folder; give another target")
-    state = json.dumps({"version": manifest.VERSION, "dtype": dtype, "files": source.fingerprint()}, indent=1)
-    target.mkdir(parents=True, exist_ok=True)
-    state_path = target / STATE_NAME
-    names = {path.name for path in target.iterdir()}
-    if STATE_NAME not in names and names - {f"{STATE_NAME}.partial"}:
         raise StoreError(
-            f"{target} is not empty and no unfinished pack of this model: it holds {', '.join(sorted(names)[:3])}. "
-            f"Give a new folder, or remove this one."
+            f"{error.filename or target} cannot be read or written: {error.strerror or error}. "
+            f"Give a folder that can be written; what is packed is kept, and the same command goes on from there."
+        ) from error
+
+
+@contextmanager
+def _claim(source: Source, target: Path, dtype: str) -> Iterator[None]:
+    """Holds ``target`` for this source and dtype: new, or left by an earlier try that did not finish."""
+    if target.exists() and source.path.resolve() == target.resolve():
+        raise StoreError(f"{target}: source and target are the same folder. Give another target.")
+    if target.exists() and not target.is_dir():
+        raise StoreError(f"{target} is a file, expected a folder. Give another target.")
+    target.mkdir(parents=True, exist_ok=True)
+    _refuse_strangers(target)
+    _check_space(source.config, target, dtype)
+    values = {"version": manifest.VERSION, "dtype": dtype, "files": source.fingerprint()}
+    claim = json.dumps(values, indent=1).encode()
+    state = target / manifest.UNFINISHED_NAME
+    with open(os.open(state, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:  # noqa: PTH123 – never truncates
+        _lock(file, target)
+        found = file.read()
+        if found not in (b"", claim):
+            raise StoreError(
+                f"{target} holds an unfinished pack of another model, another dtype, or files that changed since. "
+                f"Remove it, or finish that one."
+            )
+        if not found:
+            file.write(claim)
+            file.flush()
+            os.fsync(file.fileno())
+        yield
+
+
+def _refuse_strangers(target: Path) -> None:
+    names = {path.name for path in target.iterdir()}
+    if names and manifest.UNFINISHED_NAME not in names:
+        raise StoreError(
+            f"{target} is not empty and no unfinished pack of this model: it holds "
+            f"{', '.join(map(shown, sorted(names)[:3]))}. Give a new folder, or remove this one."
         )
-    if STATE_NAME in names and state_path.read_text(encoding="utf-8") != state:
-        raise StoreError(f"{target} holds an unfinished pack of another model or dtype. Remove it, or finish that one.")
-    if STATE_NAME not in names:
-        _replace(state_path, state.encode())
-    total = sum(_file_bytes(shapes, dtype) for _, _, shapes in tensors_by_file(source.config))
-    done = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+
+
+def _check_space(config: ModelConfig, target: Path, dtype: str) -> None:
+    total = sum(_file_bytes(shapes, dtype) for _, _, shapes in tensors_by_file(config))
+    done = sum(path.stat().st_size for path in target.glob("*.safetensors*"))
     needed, free = total - done + HEADROOM_BYTES, shutil.disk_usage(target).free
     if needed > free:
-        raise StoreError(f"{target}: {format_bytes(needed)} needed, {format_bytes(free)} free. Free some, or go elsewhere.")
+        raise StoreError(
+            f"{target}: got {format_bytes(free)} free, expected {format_bytes(needed)}. Free some, or go elsewhere."
+        )
+
+
+def _lock(file: BinaryIO, target: Path) -> None:
+    """One pack at a time: the kernel frees the lock when its process ends, however it ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StoreError(f"{target} is being written by another pack. Wait for it, or give another target.") from None
 
 
 def _file_bytes(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
@@ -112,25 +149,30 @@ def _itemsize(dtype: str) -> int:
 
 
 def _write(source: Source, target: Path, dtype: str, progress: Callable[[PackProgress], None]) -> Store:
+    begun = source.fingerprint()
+    for name, content in source.side_files():
+        _replace(target / name, content)
     files = list(tensors_by_file(source.config))
     total = sum(_file_bytes(shapes, dtype) for _, _, shapes in files)
-    done, checksums, weight_map, data_bytes = 0, {}, {}, 0
+    checksums: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    done = data_bytes = 0
     for name, key, shapes in files:
         progress(PackProgress(name, done, total))
-        checksum = _finished_checksum(target / name) or _write_file(source, target / name, shapes, dtype)
-        if key is not None:
-            checksums[key] = checksum
+        checksums[key] = _finished_checksum(target / name) or _write_file(source, target / name, shapes, dtype)
         weight_map |= dict.fromkeys(shapes, name)
         done += _file_bytes(shapes, dtype)
         data_bytes += _file_bytes(shapes, dtype) - ALIGN
-    source.write_side_files(target)
+    if source.fingerprint() != begun:
+        raise StoreError(f"{source.path} changed while it was packed. Remove {target} and pack again.")
     config = {key: value for key, value in source.config_values().items() if key != "torch_dtype"}
     config["dtype"] = dtype
     _replace(target / "config.json", _json({key: config[key] for key in sorted(config)}))
     _replace(target / INDEX_NAME, _json({"metadata": {"total_size": data_bytes}, "weight_map": weight_map}))
     record = manifest.Manifest(dtype=dtype, source=source.path.name, checksums=checksums)
     _replace(target / manifest.NAME, record.to_json().encode())
-    (target / STATE_NAME).unlink()
+    _sync_folder(target)
+    (target / manifest.UNFINISHED_NAME).unlink()
     _sync_folder(target)
     progress(PackProgress("done", total, total))
     return Store.open(target)
@@ -146,7 +188,9 @@ def _finished_checksum(path: Path) -> str | None:
         return None
     checksum = read_header(path).metadata.get(CHECKSUM_KEY)
     if checksum is None:
-        raise CorruptFileError(f"{path} was not written by this pack; remove it and pack again")
+        raise CorruptFileError(
+            f"{path}: got no checksum in its header: another tool wrote it. Remove it and pack again."
+        )
     return checksum
 
 
@@ -180,11 +224,14 @@ def _payload(source: Source, name: str, shape: tuple[int, ...], dtype: str) -> m
 
     tensor = source.tensor(name)
     if tuple(tensor.shape) != shape:
-        raise CorruptFileError(f"{source.path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        raise CorruptFileError(
+            f"{source.path}: got tensor {name} of shape {list(tensor.shape)}, expected {list(shape)}. Fetch it again."
+        )
     converted: torch.Tensor = tensor.to(getattr(torch, dtype)).contiguous()
-    if dtype == "float16" and not bool(converted.isfinite().all()) and bool(tensor.isfinite().all()):
-        raise StoreError(f"{source.path}: tensor {name} overflows float16; pack with --dtype bfloat16 or float32")
-    return memoryview(converted.view(torch.uint8).reshape(-1).numpy()).cast("B")
+    if converted.dtype != tensor.dtype and bool((tensor.isfinite() & ~converted.isfinite()).any()):
+        raise StoreError(f"{source.path}: tensor {name} overflows {dtype}. Pack with {_WIDER[dtype]}.")
+    payload: memoryview = converted.view(torch.uint8).reshape(-1).numpy().data
+    return payload
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mhaffn.config import ModelConfig, order
+from mhaffn.errors import ConfigError, StoreError
+from mhaffn.files import read_json_object
+from mhaffn.store import manifest
 from mhaffn.store.format import RESIDENT_NAMES, Store, tensor_name
 
 if TYPE_CHECKING:
     import torch
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-NOT_SIDE_FILES = ("config.json", "mhaffn.json", "model.safetensors.index.json")
+NOT_SIDE_FILES = ("config.json", "*.index.json", manifest.NAME, manifest.UNFINISHED_NAME)
 
 
 class Source(Protocol):
@@ -36,8 +39,8 @@ class Source(Protocol):
     def config_values(self) -> dict[str, Any]:
         """config.json as it should stand beside the weights, without its dtype."""
 
-    def write_side_files(self, folder: Path) -> None:
-        """Tokenizer, chat template and generation defaults, into ``folder``."""
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        """Tokenizer, chat template and generation defaults: name and content, by name."""
 
 
 class FolderSource:
@@ -56,46 +59,52 @@ class FolderSource:
 
     def fingerprint(self) -> list[list[str | int]]:
         paths = sorted({tensor.path for tensor in self._tensors.values()} | {str(self.path / "config.json")})
-        return [[Path(p).name, Path(p).stat().st_size, Path(p).stat().st_mtime_ns] for p in paths]
+        try:
+            status = {path: Path(path).stat() for path in paths}
+        except OSError as error:
+            raise StoreError(f"{error.filename} cannot be read any more: {error.strerror}. Fetch it again.") from error
+        return [[Path(path).name, found.st_size, found.st_mtime_ns] for path, found in status.items()]
 
     def tensor(self, name: str) -> torch.Tensor:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(self._tensors[name].path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+        path = self._tensors[name].path
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{path}: tensor {name} cannot be read: {error}. Fetch the file again.") from error
         return tensor
 
     def config_values(self) -> dict[str, Any]:
-        import json
+        values = read_json_object(self.path / "config.json", ConfigError, "Fetch the model again.")
+        return values | {"tie_word_embeddings": self.config.tie_word_embeddings}
 
-        values: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        return values
-
-    def write_side_files(self, folder: Path) -> None:
-        for pattern in SIDE_FILES:
-            for path in sorted(self.path.glob(pattern)):
-                if path.name not in NOT_SIDE_FILES:
-                    shutil.copyfile(path, folder / path.name)
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        paths = {path.name: path for pattern in SIDE_FILES for path in self.path.glob(pattern) if path.is_file()}
+        for name in sorted(paths):
+            if not any(fnmatchcase(name, pattern) for pattern in NOT_SIDE_FILES):
+                yield name, paths[name].read_bytes()
 
 
 def open_source(path: Path) -> Source:
     """The source at ``path``: a folder, or a file ending in ``.gguf``."""
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         from mhaffn.store.gguf import GgufSource
 
         return GgufSource(path)
     return FolderSource(path)
 
 
-def tensors_by_file(config: ModelConfig) -> Iterator[tuple[str, str | None, dict[str, tuple[int, ...]]]]:
-    """What a packed store holds: for each file its name, its sublayer's key (None: the resident
-    weights) and the shapes of its tensors by their Hugging Face names, largest first."""
+def tensors_by_file(config: ModelConfig) -> Iterator[tuple[str, str, dict[str, tuple[int, ...]]]]:
+    """What a packed store holds: for each file its name, its key in the manifest
+    and the shapes of its tensors by their Hugging Face names, largest first."""
     for sublayer in order(config.num_layers):
         shapes = config.sublayer_shapes(sublayer.kind)
         name = f"layer-{sublayer.layer:03d}-{sublayer.kind}.safetensors"
         yield name, sublayer.key, _largest_first({tensor_name(sublayer, w): shape for w, shape in shapes.items()})
     resident = {RESIDENT_NAMES[name]: shape for name, shape in config.resident_shapes().items()}
-    yield "resident.safetensors", None, _largest_first(resident)
+    yield "resident.safetensors", manifest.RESIDENT_KEY, _largest_first(resident)
 
 
 def _largest_first(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
