@@ -36,6 +36,7 @@ def split_kernel(
     """One split of the keys for one tile of rows of one key head."""
     if OVERLAP:
         gdc_wait()
+        gdc_launch_dependents()  # the combining kernel gets ready now and waits for this one's end
     split = tl.program_id(0)
     first_row = tl.program_id(1) * BLOCK_M
     head_index = tl.program_id(2)
@@ -91,8 +92,6 @@ def split_kernel(
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_max = new_max
 
-    if OVERLAP:
-        gdc_launch_dependents()
     empty = b_sum == 0.0
     b_sum = tl.where(empty, 1.0, b_sum)
     b_out = b_acc / b_sum[:, None]
@@ -162,7 +161,7 @@ def attention_decode(
     machine = tiles.machine(q.device)
     group = hq // h
     rows = t * group
-    block_k = triton.next_power_of_2(dim)
+    block_k = max(16, triton.next_power_of_2(dim))  # tl.dot needs 16
     if tile is None:
         tile = tiles.tile(
             "attention_decode", machine.arch, element=q.element_size(), dim=block_k, keys=s, programs=b * h

@@ -167,7 +167,7 @@ def attention_prefill(
     if out.numel() == 0:
         return out
     arch = tiles.machine(q.device).arch
-    block_k = triton.next_power_of_2(dim)
+    block_k = max(16, triton.next_power_of_2(dim))  # tl.dot needs 16
     if tile is None:
         tile = tiles.tile("attention_prefill", arch, element=q.element_size(), dim=block_k)
     block_n = tile["BLOCK_N"]
