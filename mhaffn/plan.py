@@ -153,8 +153,8 @@ def make_plan(
         dram_tier_bytes=sum(images[s] for s in on["dram"]),
         fixed_bytes=fixed,
     )
-    _check("--gpu", gpu if copies else None, plan.gpu_bytes, fixed + slots)
-    _check("--dram", dram, plan.dram_bytes, staging)
+    _check("--gpu", gpu if copies else None, plan.gpu_bytes, fixed + slots if tiers is None else plan.gpu_bytes)
+    _check("--dram", dram, plan.dram_bytes, staging if tiers is None else plan.dram_bytes)
     return plan
 
 
@@ -165,14 +165,18 @@ def _place(
     gpu_room = (gpu or 0) - fixed if copies else 0
     if gpu_room < everything:
         gpu_room -= slots
-    dram_room = (dram or 0) - (0 if (dram or 0) >= everything - max(gpu_room, 0) else ring)
     placed: dict[Sublayer, Tier] = {}
-    for sublayer in _spread(list(images)):
-        nbytes = images[sublayer]
-        if nbytes <= gpu_room:
-            placed[sublayer], gpu_room = "gpu", gpu_room - nbytes
-        elif nbytes <= dram_room:
-            placed[sublayer], dram_room = "dram", dram_room - nbytes
+    spread = _spread(list(images))
+    for sublayer in spread:
+        if images[sublayer] <= gpu_room:
+            placed[sublayer], gpu_room = "gpu", gpu_room - images[sublayer]
+    rest = [sublayer for sublayer in spread if sublayer not in placed]
+    dram_room = dram or 0
+    if sum(images[sublayer] for sublayer in rest) > dram_room:
+        dram_room -= ring
+    for sublayer in rest:
+        if images[sublayer] <= dram_room:
+            placed[sublayer], dram_room = "dram", dram_room - images[sublayer]
         else:
             placed[sublayer] = "ssd"
     return placed

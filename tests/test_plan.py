@@ -1,0 +1,221 @@
+"""Plans keep their promises: every sublayer placed once, no budget exceeded, minimums that really suffice."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mhaffn.config import ModelConfig, Sublayer, order
+from mhaffn.errors import BudgetError
+from mhaffn.plan import LIBRARY_BYTES, PAGE, STAGING_BYTES, TIERS, Plan, Sizes, Tier, Workload, make_plan
+
+WORK = Workload(tokens=16, context=64)
+
+
+def model(
+    layers: int = 8, hidden: int = 96, ffn: int = 128, heads: int = 4, kv_heads: int = 4, vocab: int = 64, **more: Any
+) -> ModelConfig:
+    return ModelConfig("LlamaForCausalLM", layers, hidden, ffn, heads, kv_heads, hidden // heads, vocab, 1e-5, 4096,
+                       more.get("tied", False))  # fmt: skip
+
+
+models = st.builds(
+    model,
+    layers=st.integers(1, 12),
+    hidden=st.sampled_from([64, 512, 2048]),
+    ffn=st.sampled_from([64, 1000, 8192]),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    tied=st.booleans(),
+)
+shares = st.none() | st.floats(0, 1.6)
+
+
+def images(config: ModelConfig, dtype: str = "bfloat16") -> dict[Sublayer, int]:
+    sizes = Sizes(config, dtype)
+    return {sublayer: sizes.image(sublayer) for sublayer in order(config.num_layers)}
+
+
+def check(plan: Plan, config: ModelConfig, dtype: str, gpu: int | None, dram: int | None, copies: bool) -> None:
+    sizes = images(config, dtype)
+    assert list(plan.tiers) == list(order(config.num_layers)), "each once, in pass order"
+    assert set(plan.tiers.values()) <= set(TIERS)
+    for tier in TIERS:
+        assert plan.count(tier) == len([s for s in plan.tiers if plan.tiers[s] == tier])
+    assert sorted(plan.streamed()) == sorted(plan.streamed("dram") + plan.streamed("ssd"))
+    assert plan.gpu_tier_bytes == sum(sizes[s] for s, tier in plan.tiers.items() if tier == "gpu")
+    assert plan.dram_tier_bytes == sum(sizes[s] for s in plan.streamed("dram"))
+    if copies:
+        assert gpu is None or plan.gpu_bytes <= gpu
+        assert bool(plan.slot_bytes) is bool(plan.streamed())
+    else:
+        assert plan.slot_bytes == 0
+        assert plan.count("gpu") == 0
+    assert dram is None or plan.dram_bytes <= dram
+    assert bool(plan.staging_bytes) is bool(plan.count("ssd"))
+    ring = plan.staging_bytes or plan.slot_bytes
+    if ring:
+        window = list(sizes.values()) * 3
+        held = max(sum(window[i : i + 2]) for i in range(len(sizes)))
+        assert ring >= held, "the sublayer in use and the next one"
+    assert plan.prefetch >= 1
+    assert plan.describe().startswith(f"{len(sizes)} sublayers: ")
+
+
+@given(config=models, dtype=st.sampled_from(["bfloat16", "float32"]), gpu=shares, dram=shares, copies=st.booleans(),
+       prefetch=st.integers(1, 5))  # fmt: skip
+@settings(max_examples=400, deadline=None)
+def test_budgets_are_never_exceeded_and_minimums_suffice(
+    config: ModelConfig, dtype: str, gpu: float | None, dram: float | None, copies: bool, prefetch: int
+) -> None:
+    everything = sum(images(config, dtype).values())
+    sizes = Sizes(config, dtype)
+    fixed = sizes.resident() + sizes.kv_cache(WORK) + sizes.activations(WORK) + LIBRARY_BYTES
+    budgets: dict[str, int | None] = {
+        "gpu": None if gpu is None or not copies else int(fixed * min(gpu + 0.3, 1) + everything * gpu),
+        "dram": None if dram is None else int(everything * dram),
+    }
+    for _ in range(3):  # each error raises one budget to the minimum it names
+        try:
+            plan = make_plan(config, dtype, **budgets, copies=copies, work=WORK, prefetch=prefetch)
+        except BudgetError as error:
+            option, least = named_minimum(error)
+            budget = budgets[option]
+            assert budget is not None
+            assert budget < least, f"{option} of {budget} refused, but the minimum is said to be {least}"
+            budgets[option] = least
+        else:
+            check(plan, config, dtype, budgets["gpu"], budgets["dram"], copies)
+            return
+    raise AssertionError("the minimums named do not suffice")
+
+
+@given(config=models, over_gpu=st.floats(0, 1), over_dram=st.floats(0, 1.5))
+@settings(max_examples=300, deadline=None)
+def test_what_gpu_leaves_may_just_fit_dram(config: ModelConfig, over_gpu: float, over_dram: float) -> None:
+    """The GPU's last bytes may hold no whole sublayer: what is left over then needs more than DRAM seemed to."""
+    sizes, least = images(config), make_plan(config, "bfloat16", copies=True, work=WORK).gpu_bytes
+    everything, room = sum(sizes.values()), int(sum(sizes.values()) * over_gpu)
+    dram = everything - room + int(max(sizes.values()) * over_dram)
+    try:
+        plan = make_plan(config, "bfloat16", gpu=least + room, dram=dram, copies=True, work=WORK)
+    except BudgetError as error:
+        assert dram < named_minimum(error)[1]
+    else:
+        check(plan, config, "bfloat16", least + room, dram, True)
+
+
+@pytest.mark.parametrize(("tier", "option"), [("gpu", "gpu"), ("dram", "dram"), ("dram", "gpu"), ("ssd", "dram")])
+def test_the_minimum_of_a_placement_by_hand(tier: Tier, option: str) -> None:
+    config = model(layers=4, hidden=512)
+    tiers = dict.fromkeys(order(4), tier)
+    with pytest.raises(BudgetError) as caught:
+        make_plan(config, "bfloat16", copies=True, work=WORK, tiers=tiers, **{option: 1 << 20})
+    named, least = named_minimum(caught.value)
+    assert named == option
+    plan = make_plan(config, "bfloat16", copies=True, work=WORK, tiers=tiers, **{option: least})
+    assert plan.tiers == tiers
+    with pytest.raises(BudgetError):
+        make_plan(config, "bfloat16", copies=True, work=WORK, tiers=tiers, **{option: least - 1})
+
+
+def named_minimum(error: BudgetError) -> tuple[str, int]:
+    found = re.match(
+        r"--(gpu|dram) .* is too small: this model needs at least .* there \((\d+) bytes\). Raise it", str(error)
+    )
+    assert found, str(error)
+    return found[1], int(found[2])
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_without_budgets_everything_streams_from_ssd(copies: bool) -> None:
+    plan = make_plan(model(), "bfloat16", copies=copies, work=WORK)
+    assert plan.count("ssd") == 16
+    assert plan.staging_bytes >= STAGING_BYTES or plan.staging_bytes >= sum(images(model()).values())
+    assert plan.dram_tier_bytes == plan.gpu_tier_bytes == 0
+
+
+def test_large_budgets_leave_nothing_to_stream() -> None:
+    plan = make_plan(model(), "bfloat16", gpu=1 << 40, copies=True, work=WORK)
+    assert (plan.count("gpu"), plan.slot_bytes, plan.staging_bytes) == (16, 0, 0)
+    plan = make_plan(model(), "bfloat16", dram=1 << 40, copies=False, work=WORK)
+    assert (plan.count("dram"), plan.staging_bytes) == (16, 0)
+    plan = make_plan(model(), "bfloat16", dram=1 << 40, copies=True, work=WORK)
+    assert (plan.count("dram"), plan.staging_bytes) == (16, 0)
+    assert plan.slot_bytes > 0
+
+
+def test_more_budget_never_streams_more() -> None:
+    config = model(layers=12, hidden=512, ffn=1000)
+    everything, before = sum(images(config).values()), 99
+    ring = make_plan(config, "bfloat16", copies=False, work=WORK).staging_bytes
+    for dram in range(ring, everything + ring + 2, max(everything // 40, 1)):
+        count = make_plan(config, "bfloat16", dram=dram, copies=False, work=WORK).count("ssd")
+        assert count <= before
+        before = count
+    assert before == 0
+
+
+@given(layers=st.integers(2, 60), share=st.floats(0.05, 0.95))
+@settings(max_examples=150, deadline=None)
+def test_what_stays_on_ssd_is_spread_over_the_pass(layers: int, share: float) -> None:
+    config = model(layers=layers)
+    sizes = images(config)
+    assert max(sizes.values()) <= 1.2 * min(sizes.values()), "nearly equal, so that counts measure the spread"
+    ring = 3 * max(sizes.values())
+    plan = make_plan(
+        config, "bfloat16", dram=int(sum(sizes.values()) * share) + ring, copies=False, work=WORK, prefetch=1
+    )
+    on_ssd = [tier == "ssd" for tier in plan.tiers.values()]
+    assume(any(on_ssd))
+    mean = sum(on_ssd) / len(on_ssd)
+    cycle = on_ssd * 2
+    for length in range(1, len(on_ssd) + 1):
+        counts = [sum(cycle[i : i + length]) for i in range(len(on_ssd))]
+        assert max(counts) <= mean * length + 3
+        assert min(counts) >= mean * length - 3
+
+
+def test_tiers_by_hand() -> None:
+    placed: dict[Sublayer, Tier] = {s: TIERS[i % 3] for i, s in enumerate(order(8))}
+    plan = make_plan(model(), "bfloat16", copies=True, work=WORK, tiers=placed)
+    assert plan.tiers == placed
+    check(plan, model(), "bfloat16", None, None, True)
+
+
+def test_sizes() -> None:
+    config = model(layers=2, hidden=64, ffn=100, kv_heads=2, vocab=50)
+    for dtype, itemsize in (("bfloat16", 2), ("float16", 2), ("float32", 4)):
+        sizes = Sizes(config, dtype)
+        assert sizes.weights(Sublayer(0, "mha")) == (64 * 64 * 2 + 32 * 64 * 2 + 64) * itemsize
+        assert sizes.weights(Sublayer(1, "ffn")) == (3 * 64 * 100 + 64) * itemsize
+        assert sizes.resident() == (2 * 50 * 64 + 64) * itemsize
+        assert sizes.kv_cache(Workload(context=10, batch=3)) == 3 * 10 * 2 * 2 * 32 * itemsize
+        for sublayer in order(2):
+            weights, image = sizes.weights(sublayer), sizes.image(sublayer)
+            assert weights <= image <= weights + 5 * 2 * PAGE
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "mhaffn",
+        "mhaffn.errors",
+        "mhaffn.config",
+        "mhaffn.files",
+        "mhaffn.plan",
+        "mhaffn.trace",
+        "mhaffn.store",
+        "mhaffn.store.format",
+    ],
+)
+def test_planning_loads_neither_torch_nor_transformers(module: str) -> None:
+    heavy = ("torch", "transformers", "numpy", "triton", "rich")
+    program = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
