@@ -55,13 +55,16 @@ class Trace:
         self.spans: deque[Span] = deque(maxlen=SPANS_MAX)
         self.passes: deque[PassSpan] = deque(maxlen=SPANS_MAX)
         self.number = 0
+        self._lost = 0  # the last pass of which a span is no longer kept
         self._lane_end_s: dict[Lane, float] = dict.fromkeys(LANES, 0.0)
         self._lock = threading.Lock()
 
     def add(self, lane: Lane, sublayer: Sublayer, number: int, start_s: float, end_s: float, nbytes: int = 0) -> None:
         with self._lock:
-            start_s = min(max(start_s, self._lane_end_s[lane]), end_s)
-            self._lane_end_s[lane] = end_s
+            start_s = max(start_s, self._lane_end_s[lane])
+            end_s = self._lane_end_s[lane] = max(start_s, end_s)
+            if len(self.spans) == self.spans.maxlen:
+                self._lost = max(self._lost, self.spans[0].number)
             self.spans.append(Span(lane, sublayer, number, start_s, end_s, nbytes))
 
     @contextmanager
@@ -77,9 +80,8 @@ class Trace:
     def kept(self, phase: Phase) -> tuple[list[PassSpan], list[Span]]:
         """The passes of ``phase`` whose spans are all still kept, and those spans."""
         with self._lock:
-            spans, passes = list(self.spans), list(self.passes)
-        first = spans[0].number + 1 if len(spans) == SPANS_MAX else 0
-        passes = [run for run in passes if run.phase == phase and run.number >= first]
+            spans, passes, lost = list(self.spans), list(self.passes), self._lost
+        passes = [run for run in passes if run.phase == phase and run.number > lost]
         numbers = {run.number for run in passes}
         return passes, [span for span in spans if span.number in numbers]
 
