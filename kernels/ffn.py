@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
@@ -32,9 +33,12 @@ FEW_ROWS_MAX = 64
 def few_rows_kernel(
     p_x, p_a, p_b, p_out, M, ROWS, D, x_m,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[m, r] = a[r] · x[m], or silu of that times b[r] · x[m]; a and b [ROWS, D]."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()  # the next product gets ready while this one drains
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m = tl.arange(0, BLOCK_M)
     o_row = tl.minimum(r, ROWS - 1).to(tl.int64)[:, None] * D  # the last tile rereads a row instead of masking
@@ -111,7 +115,8 @@ def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = N
     few_rows_kernel[(triton.cdiv(rows, tile["BLOCK_R"]),)](
         x, a, a if b is None else b, out, m, rows, width, x.stride(0),
         BLOCK_M=block_m, BLOCK_R=tile["BLOCK_R"], BLOCK_D=tile["BLOCK_D"], GATED=b is not None,
-        EVEN=width % tile["BLOCK_D"] == 0, STAGES=tile["STAGES"], num_warps=tile["WARPS"],
+        EVEN=width % tile["BLOCK_D"] == 0, STAGES=tile["STAGES"], OVERLAP=machine.overlap,
+        num_warps=tile["WARPS"], **({"launch_pdl": True} if machine.overlap else {}),
     )  # fmt: skip
     return out
 
@@ -119,6 +124,14 @@ def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = N
 def ffn_few_rows(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     """The whole FFN for M up to 64: x [M, D] -> [M, D]."""
     return few_rows(few_rows(x, w1, w3), w2, None)
+
+
+def gate_up_fits(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
+    """Whether :func:`gate_up` has a tile here, and its copy engine can address these tensors."""
+    rules = tiles.table(tiles.machine(x.device).arch)["gate_up"]
+    size = x.element_size()
+    addresses = all(t.data_ptr() % 16 == 0 and t.stride(0) * size % 16 == 0 for t in (x, w1, w3))
+    return bool(rules) and size == 2 and addresses and w1.shape[0] * size % 16 == 0
 
 
 def gate_up(x: Tensor, w1: Tensor, w3: Tensor, tile: tiles.Tile | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,24 @@ def _int32() -> Any:
 def _stream(pointer: int, device_index: int) -> Any:
     import cupy
 
-    return cupy.cuda.ExternalStream(pointer, device_index)
+    with warnings.catch_warnings():  # CuPy 14 prefers Stream.from_external, which older ones lack
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return cupy.cuda.ExternalStream(pointer, device_index)
+
+
+def chosen(x: Tensor, a: Tensor, gated: bool) -> bool:
+    """Whether this kernel, rather than its Triton sibling, is the default for ``few_rows(x, a, …)``."""
+    m, width = x.shape
+    if m > FEW_ROWS_MAX or width % 8 or x.stride(0) % 8 or x.data_ptr() % 16 or x.dtype == torch.float32:
+        return False
+    return bool(_tile(x, a, gated)["DEFAULT"]) and available()
+
+
+def _tile(x: Tensor, a: Tensor, gated: bool) -> tiles.Tile:
+    machine = tiles.machine(x.device)
+    kernel = "few_rows_cuda_gated" if gated else "few_rows_cuda"
+    columns = 1 if x.shape[0] <= 8 else 2
+    return tiles.tile(kernel, machine.arch, columns=columns, per_processor=a.shape[0] // machine.processors)
 
 
 def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = None) -> Tensor:
@@ -74,12 +92,8 @@ def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = N
     if m > FEW_ROWS_MAX or width % 8 or a.shape != (rows, width) or (b is not None and b.shape != a.shape):
         raise ValueError(f"few_rows: got x {tuple(x.shape)}, a {tuple(a.shape)}; M is at most 16, D a multiple of 8")
     index = torch.cuda.current_device() if x.device.index is None else x.device.index
-    columns = 1 if m <= 8 else 2
-    if tile is None:
-        machine = tiles.machine(x.device)
-        kernel = "few_rows_cuda" if b is None else "few_rows_cuda_gated"
-        tile = tiles.tile(kernel, machine.arch, columns=columns, per_processor=rows // machine.processors)
-    defines = few_rows_defines(x.dtype == torch.float16, b is not None, columns, tile)
+    tile = _tile(x, a, b is not None) if tile is None else tile
+    defines = few_rows_defines(x.dtype == torch.float16, b is not None, 1 if m <= 8 else 2, tile)
     function = _function("ffn_few_rows", "ffn_few_rows.cu", defines, index)
     out = torch.empty((m, rows), dtype=x.dtype, device=x.device)
     int32 = _int32()

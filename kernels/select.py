@@ -6,6 +6,8 @@ The CPU always runs the library. Kernels are imported when first used, so that a
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import Tensor, float32
 
 from . import library
@@ -49,28 +51,58 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, kv_lens: Tensor | None, mask: Tensor | None, scale: float | None
 ) -> Tensor:
     t, s = q.shape[1], k.shape[1]
+    softmax_scale = q.shape[-1] ** -0.5 if scale is None else scale
     if t <= DECODE_TOKENS_MAX:
-        from .attention_decode import attention_decode as kernel
-    elif kv_lens is None and mask is None and (t == s or not causal):
-        return library.attention(q, k, v, causal, kv_lens, mask, scale)  # cuDNN: 1.3 times our Triton kernel
-    else:
-        from .attention_prefill import attention_prefill as kernel
-    return kernel(q, k, v, causal, kv_lens, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+        from .attention_decode import attention_decode
+
+        return attention_decode(q, k, v, causal, kv_lens, mask, softmax_scale)
+    plain = kv_lens is None and mask is None
+    if plain and q.numel() and _gluon(q):
+        from .attention_prefill_sm90 import attention_prefill_sm90, fits
+
+        if fits(q, k, v):
+            return attention_prefill_sm90(q, k, v, causal, softmax_scale)
+    if plain and (t == s or not causal):
+        return library.attention(q, k, v, causal, kv_lens, mask, scale)
+    from .attention_prefill import attention_prefill
+
+    return attention_prefill(q, k, v, causal, kv_lens, mask, softmax_scale)
+
+
+@cache
+def _gluon_installed() -> bool:
+    try:
+        from . import attention_prefill_sm90  # noqa: F401
+    except ImportError:  # Gluon is experimental: another Triton may have moved it
+        return False
+    return True
+
+
+def _gluon(q: Tensor) -> bool:
+    from . import tiles
+
+    return tiles.machine(q.device).gluon and _gluon_installed()
+
+
+def few_rows(x: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
+    """``x aᵀ`` or ``silu(x aᵀ) * (x bᵀ)`` for up to 64 rows: in Triton, or in CUDA C++ where that was faster."""
+    from . import ffn, nvrtc
+
+    if nvrtc.chosen(x, a, b is not None):
+        return nvrtc.few_rows(x, a, b)
+    return ffn.few_rows(x, a, b)
 
 
 def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-    from . import ffn, nvrtc
+    from . import ffn
 
     for name, w in (("w1", w1), ("w3", w3), ("w2", w2)):
         if w.data_ptr() % 16:
             raise ValueError(f"ffn: {name} address: got {w.data_ptr() % 16} past a multiple of 16, expected 16 bytes")
     rows = x.reshape(-1, x.shape[-1])
-    m, width = rows.shape
-    if m == 0 or x.dtype == float32:
+    if rows.shape[0] == 0 or x.dtype == float32:
         return library.ffn(x, w1, w3, w2)
-    vectors = width % 8 == 0 and w1.shape[0] % 8 == 0 and rows.data_ptr() % 16 == 0 and rows.stride(0) % 8 == 0
-    if m <= nvrtc.FEW_ROWS_MAX and vectors and nvrtc.available():
-        return nvrtc.ffn_few_rows(rows, w1, w3, w2).view(x.shape)
-    if m <= ffn.FEW_ROWS_MAX:
-        return ffn.ffn_few_rows(rows, w1, w3, w2).view(x.shape)
-    return library.ffn(x, w1, w3, w2, gate_up=ffn.linear_silu_mul)
+    if rows.shape[0] <= ffn.FEW_ROWS_MAX:
+        return few_rows(few_rows(rows, w1, w3), w2, None).view(x.shape)
+    gate_up = ffn.gate_up if ffn.gate_up_fits(rows, w1, w3) else ffn.linear_silu_mul
+    return library.ffn(rows, w1, w3, w2, gate_up=gate_up).view(x.shape)

@@ -29,6 +29,8 @@ class Machine:
     arch: str
     processors: int
     overlap: bool
+    gluon: bool = False
+    """Whether kernels written for this one architecture run: sm_90's warp groups."""
 
 
 INTERPRETER = Machine("sm_90", 4, overlap=False)  # CPU tensors: Triton's interpreter
@@ -43,7 +45,7 @@ def gpu(index: int) -> Machine:
         arch = "sm_90"
     else:
         arch = "sm_80" if properties.minor == 0 else "sm_89"  # 8.6 and 8.9 share one limit of shared memory
-    return Machine(arch, properties.multi_processor_count, overlap=properties.major >= 9)
+    return Machine(arch, properties.multi_processor_count, overlap=properties.major >= 9, gluon=properties.major == 9)
 
 
 def machine(device: torch.device) -> Machine:
@@ -60,10 +62,18 @@ def table(name: str) -> Table:
 
 def tile(kernel: str, arch: str, **sizes: int) -> Tile:
     """The tile of ``kernel`` on ``arch`` for these sizes (``element`` bytes, ``dim``, ``per_processor`` rows …)."""
-    for rule in table(arch)[kernel]:
+    try:
+        return match(table(arch)[kernel], sizes)
+    except LookupError:
+        raise LookupError(f"configs/{arch}.json has no tile of {kernel} for {sizes}") from None
+
+
+def match(rules: list[dict[str, dict[str, int]]], sizes: dict[str, int]) -> Tile:
+    """The tile of the first rule whose bounds hold."""
+    for rule in rules:
         if all(sizes[name] <= bound for name, bound in rule["max"].items()):
             return rule["tile"]
-    raise LookupError(f"configs/{arch}.json has no tile of {kernel} for {sizes}")
+    raise LookupError(f"no rule for {sizes}")
 
 
 def write(name: str, rules: Table) -> None:

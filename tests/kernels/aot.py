@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from mhaffn.kernels import attention_decode, attention_prefill, ffn, rmsnorm, rope, tiles
+from mhaffn.kernels import attention_decode, attention_prefill, attention_prefill_sm90, ffn, rmsnorm, rope, tiles
 
 PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_120": 84}
 
@@ -108,12 +108,16 @@ def shipped(arch: str, dtypes: list[torch.dtype]):
         for kernel in ("few_rows", "few_rows_gated"):
             for rule in rules[kernel]:
                 if size <= rule["max"].get("element", 4):
-                    for m in (1, 64):
+                    for m in (1, rule["max"].get("rows", 64)):
                         gated = weights if kernel == "few_rows_gated" else None
                         ffn.few_rows(weights[:m], weights, gated, rule["tile"])
         for rule in rules["gate_up"]:
             if size <= rule["max"].get("element", 4):
                 ffn.gate_up(weights, weights, weights, rule["tile"])
+        if arch == "sm_90" and size == 2:
+            for dim in (64, 128):
+                q, k = torch.empty(2, 512, 8, dim, dtype=dtype), torch.empty(2, 512, 2, dim, dtype=dtype)
+                attention_prefill_sm90.attention_prefill_sm90(q, k, k, True, 0.1)
         x = torch.empty(2, 64, 8, 128, dtype=dtype)
         angle = torch.empty(64, 64)
         ffn.silu_mul_(weights, weights)

@@ -36,8 +36,9 @@ def test_shipped_tiles_compile(arch, dtype):
         assert kernel["shared"] <= tiles.SHARED_MEMORY_LIMIT[arch], kernel
         assert kernel["spills"] <= SPILL_BYTES_MAX, kernel
     if arch == "sm_90" and dtype == "bfloat16":
-        prefill = [k for k in compiled if k["name"] in ("prefill_kernel", "gate_up_kernel")]
-        assert prefill and all(k["wgmma"] and k["copies"] for k in prefill)
+        prefill = [k for k in compiled if k["name"] in ("prefill_kernel", "prefill_sm90_kernel", "gate_up_kernel")]
+        assert len({k["name"] for k in prefill}) == 3 and all(k["wgmma"] for k in prefill)
+        assert all(k["copies"] for k in prefill if k["name"] != "prefill_kernel")
 
 
 def _tiles_of_cuda_kernels():

@@ -34,6 +34,11 @@ def _poisoned_outputs(monkeypatch):
         yield
 
 
+def up(*tensors):
+    """The dtype of the truth: float64 for float32, float32 for the halves."""
+    return [t.to(torch.float64 if t.dtype == torch.float32 else torch.float32) for t in tensors]
+
+
 def randn(*shape, dtype, scale: float = 1.0):
     return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 
@@ -52,7 +57,9 @@ def assert_as_good_as(got, peer, truth):
 
 def check_attention(kernel, q, k, v, **options):
     wide = {"causal": True, "kv_lens": None, "mask": None, **options}
-    truth = reference.attention(q.float(), k.float(), v.float(), **wide)
+    truth = reference.attention(
+        *up(q, k, v), **wide, compute=torch.float64 if q.dtype == torch.float32 else torch.float32
+    )
     peer = library.attention(q, k, v, wide["causal"], wide["kv_lens"], wide["mask"], None)
     got = kernel(q, k, v, wide["causal"], wide["kv_lens"], wide["mask"], q.shape[-1] ** -0.5)
     assert_as_good_as(got, peer, truth)
@@ -165,7 +172,8 @@ def check_ffn(run, m, width, inner, dtype):
     buffer = randn(8 + 3 * width * inner, dtype=dtype, scale=0.02)[8:]  # a view, 16 bytes into a buffer
     w1, w3, w2 = buffer.view(3, -1).unbind(0)
     w1, w3, w2 = w1.view(inner, width), w3.view(inner, width), w2.view(width, inner)
-    truth = reference.ffn(x.float(), w1.float(), w3.float(), w2.float())
+    wide = up(x, w1, w3, w2)
+    truth = reference.ffn(*wide, compute=wide[0].dtype)
     got = run(x, w1, w3, w2)
     assert_as_good_as(got, library.ffn(x, w1, w3, w2), truth)
     assert torch.equal(got, run(x, w1, w3, w2))
@@ -191,12 +199,13 @@ def test_ffn_op(m, dtype):
 def test_rms_norm(shape, dtype):
     x, residual = randn(2, *shape, dtype=dtype)
     weight = randn(shape[-1], dtype=dtype)
-    truth = reference.rms_norm(x, weight, 1e-5)
+    compute = torch.float64 if dtype == torch.float32 else torch.float32
+    truth = reference.rms_norm(x, weight, 1e-5, compute=compute)
     error = relative_error(rmsnorm.rms_norm(x, weight, 1e-5), truth)
     assert error <= torch.finfo(dtype).eps / 2, "sums may run in another order: a rare last bit"
     got, total = rmsnorm.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(total, x + residual)
-    assert relative_error(got, reference.rms_norm(total, weight, 1e-5)) <= torch.finfo(dtype).eps / 2
+    assert relative_error(got, reference.rms_norm(total, weight, 1e-5, compute=compute)) <= torch.finfo(dtype).eps / 2
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
@@ -222,6 +231,7 @@ def small_calls():
     bf = torch.bfloat16
     q, k, v = qkv(2, 5, 70, 9, 3, 64, bf)
     long_q, long_k, long_v = qkv(1, 130, 130, 4, 2, 96, bf)
+    square = qkv(2, 130, 130, 4, 2, 64, bf)
     lens = torch.tensor([70, 33], device="cuda")
     mask = torch.rand(2, 1, 5, 70, device="cuda") > 0.3
     x, weight = randn(7, 72, dtype=bf), randn(72, dtype=bf)
@@ -234,6 +244,7 @@ def small_calls():
         "decode with lengths": lambda: ops.attention(q, k, v, kv_lens=lens, mask=mask),
         "prefill": lambda: attention_prefill.attention_prefill(long_q, long_k, long_v, True, None, None, 0.1),
         "prefill with a mask": lambda: ops.attention(long_q, long_k, long_v, mask=torch.ones_like(mask[:1, :, :1, :1])),
+        "prefill, no mask": lambda: ops.attention(*square),
         "ffn": lambda: ops.ffn(x, w1, w3, w2),
         "ffn of more rows": lambda: ops.ffn(x.repeat(5, 1), w1, w3, w2),
         "ffn of many rows": lambda: ops.ffn(x.repeat(20, 1), w1, w3, w2),
@@ -243,6 +254,13 @@ def small_calls():
         "rope": lambda: ops.rope(q, k[:, :5], cos, sin),
         "rope_write": lambda: ops.rope_write(q, k[:, :5], v[:, :5], cos, sin, *caches, start),
     }
+
+
+def test_small_calls_alone():
+    """No graph and no caching allocator needed: for compute-sanitizer."""
+    for call in small_calls().values():
+        call()
+    torch.cuda.synchronize()
 
 
 def test_small_calls_and_their_graph_capture():
