@@ -83,6 +83,7 @@ class _Arrival:
     weights: Weights
     event: Event | None = None
     read: _Read | None = None
+    slot: tuple[int, int] | None = None
 
 
 class Stream:
@@ -120,7 +121,7 @@ class Stream:
         self._current: _Read | None = None
         self._arrivals: deque[_Arrival] = deque()
         self._held: deque[_Arrival] = deque()
-        self._freed: Event | None = None
+        self._freed: deque[tuple[int, int, Event]] = deque()
         self._error: BaseException | None = None
         self._closed = self._stopping = False
         self._next = self._next_read = self._moving_pass = 0
@@ -166,8 +167,8 @@ class Stream:
             return
         arrival = self._held.popleft()
         with self._change:
-            if self._device.copies:
-                self._freed = ended or self._device.mark_compute()
+            if arrival.slot is not None:
+                self._freed.append((*arrival.slot, ended or self._device.mark_compute()))
                 self._slot_ring.free()
             elif arrival.read is not None:
                 self._give_back(arrival.read)
@@ -224,8 +225,8 @@ class Stream:
             with suppress(ReadError):
                 read.request.wait(STOP_S)
             read.slot.release()
-        self._current = self._freed = None
-        for queue in (self._reads, self._arrivals, self._held):
+        self._current = None
+        for queue in (self._reads, self._arrivals, self._held, self._freed):
             queue.clear()
         self._staging_ring.clear()
         self._slot_ring.clear()
@@ -280,11 +281,11 @@ class Stream:
                 pass
             self._arrive(_Arrival(read.sublayer, image.views(memory, read.request.placements), read=read))
             return
-        slot = self._take_slot(image)
+        slot, place = self._take_slot(image)
         for segment in self._arriving(read):
             self._copy(read.sublayer, slot, memory, segment)
         copied = self._device.mark_copy()
-        self._arrive(_Arrival(read.sublayer, image.views(slot), copied))
+        self._arrive(_Arrival(read.sublayer, image.views(slot), copied, slot=place))
         copied.synchronize()
         with self._change:
             self._raise_if_stopping()
@@ -294,10 +295,10 @@ class Stream:
     def _move_from_dram(self, sublayer: Sublayer) -> None:
         image = self._images[sublayer]
         memory, placements = self._residents.host_images[sublayer]
-        slot = self._take_slot(image)
+        slot, place = self._take_slot(image)
         for segment in image.segments(placements):
             self._copy(sublayer, slot, memory, segment)
-        self._arrive(_Arrival(sublayer, image.views(slot), self._device.mark_copy()))
+        self._arrive(_Arrival(sublayer, image.views(slot), self._device.mark_copy(), slot=place))
 
     def _arriving(self, read: _Read) -> Iterator[Segment]:
         """The runs of a read, in chunks, each as soon as it is in memory; ends by verifying the whole."""
@@ -317,16 +318,27 @@ class Stream:
         if digest is not None:
             self._images[read.sublayer].check(digest.hexdigest())
 
-    def _take_slot(self, image: Image) -> torch.Tensor:
-        """Room on the device; copies into it wait for the last compute that read what was there."""
+    def _take_slot(self, image: Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Room on the device, and its place; copies into it wait for the compute that last read there."""
         with self._change:
             while (offset := self._slot_ring.take(image.nbytes)) is None:
                 self._raise_if_stopping()
                 self._change.wait()
             self._raise_if_stopping()
-            freed = self._freed
-        self._device.copy_after(freed)
-        return self._slots[offset : offset + image.nbytes]
+            self._device.copy_after(self._last_use(offset, image.nbytes))
+        return self._slots[offset : offset + image.nbytes], (offset, image.nbytes)
+
+    def _last_use(self, offset: int, nbytes: int) -> Event | None:
+        """The mark after which those bytes may be written; earlier marks have passed once it has.
+
+        The newest release would do as well, but it may lie sublayers ahead, and copies would wait for it.
+        """
+        overlapping = [i for i, (o, n, _) in enumerate(self._freed) if o < offset + nbytes and offset < o + n]
+        if not overlapping:
+            return None
+        for _ in range(overlapping[-1]):
+            self._freed.popleft()
+        return self._freed.popleft()[2]
 
     def _copy(self, sublayer: Sublayer, slot: torch.Tensor, memory: torch.Tensor, segment: Segment) -> None:
         started = self._device.mark_copy()
