@@ -85,7 +85,10 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=DTYPE)
 
 
-def decode_shape(batch: int, keys: int, dim: int = 128, heads: tuple[int, int] = (64, 8)) -> Callable[..., Any]:
+def decode_shape(
+    batch: int, keys: int, dim: int = 128, heads: tuple[int, int] = (64, 8), tokens: int = 1
+) -> Callable[..., Any]:
+    """One token, or several drafted ones under a mask: a tile has to run both."""
     hq, h = heads
     sets: list[tuple[Tensor, Tensor]] = []
 
@@ -93,9 +96,12 @@ def decode_shape(batch: int, keys: int, dim: int = 128, heads: tuple[int, int] =
         if not sets:
             count = max(2, COLD_BYTES // (batch * keys * h * dim * 4))
             sets.extend((randn(batch, keys, h, dim), randn(batch, keys, h, dim)) for _ in range(count))
-        q = randn(batch, 1, hq, dim)
+        q = randn(batch, tokens, hq, dim)
+        mask = None
+        if tokens > 1:
+            mask = torch.ones(batch, 1, tokens, keys, dtype=torch.bool, device="cuda")
         run = attention_decode.attention_decode
-        return [lambda k=k, v=v: run(q, k, v, True, None, None, dim**-0.5, tile) for k, v in sets]
+        return [lambda k=k, v=v: run(q, k, v, True, None, mask, dim**-0.5, tile) for k, v in sets]
 
     return calls
 
@@ -138,9 +144,23 @@ def problems() -> list[Problem]:
     decode = list(grid(BLOCK_N=(32, 64, 128), STAGES=(2, 3, 4), WARPS=(4,), WAVES=(1, 2, 3, 4), COMBINE_WARPS=(2,)))
     decode += list(grid(BLOCK_N=(128,), STAGES=(2, 3), WARPS=(8,), WAVES=(1, 2), COMBINE_WARPS=(2,)))
     for bound, keys in (({"keys": 4096}, 2048), ({"keys": 16384}, 8192), ({}, 32768)):
-        found.append(Problem("attention_decode", {"element": 2, "dim": 128, **bound}, decode, [decode_shape(1, keys)]))
+        found.append(
+            Problem(
+                "attention_decode",
+                {"element": 2, "dim": 128, **bound},
+                decode,
+                [decode_shape(1, keys), decode_shape(1, keys, tokens=16)],
+            )
+        )
     small = list(grid(BLOCK_N=(64, 128), STAGES=(2, 3, 4), WARPS=(4,), WAVES=(1, 2, 4), COMBINE_WARPS=(2,)))
-    found.append(Problem("attention_decode", {"element": 2, "dim": 64}, small, [decode_shape(1, 8192, 64, (32, 8))]))
+    found.append(
+        Problem(
+            "attention_decode",
+            {"element": 2, "dim": 64},
+            small,
+            [decode_shape(1, 8192, 64, (32, 8)), decode_shape(1, 8192, 64, (32, 8), 16)],
+        )
+    )
     prefill = [
         {**tile, "DESCRIPTOR": d} for tile in named("BLOCK_M BLOCK_N STAGES WARPS", PREFILL_TILES) for d in (0, 1)
     ]
