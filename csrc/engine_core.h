@@ -7,6 +7,7 @@
 #include <errno.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -93,11 +94,19 @@ struct CoreLimits {
   double stall_s = 30.0;
 };
 
+// Read by other threads while the core runs; up to date with what its jobs were told.
+struct CoreCounts {
+  std::atomic<uint64_t> bytes_read{0};
+  std::atomic<uint64_t> retries{0};
+  std::atomic<double> busy_s{0.0};  // with a read in flight
+};
+
 class EngineCore {
  public:
   static constexpr double kForever = 3600.0;
 
-  EngineCore(Ring& ring, CoreLimits limits) : ring_(ring), limits_(limits), flights_(limits.depth) {}
+  EngineCore(Ring& ring, CoreLimits limits, CoreCounts& counts)
+      : ring_(ring), limits_(limits), counts_(counts), flights_(limits.depth) {}
 
   void add(std::shared_ptr<Job> job) {
     auto entry = std::make_shared<Entry>();
@@ -136,12 +145,11 @@ class EngineCore {
     for (size_t i = 0; i < count; ++i) finish(batch[i]);
   }
 
+  // Another job could be started at once.
+  bool hungry() const { return queue_.empty() && active_ < flights_.size(); }
   bool idle() const { return active_ == 0 && queue_.empty(); }
   // Reads the ring has not completed: while there are any, their memory must stay.
   unsigned in_flight() const { return flying_; }
-  double busy_s() const { return busy_s_ + (flying_ ? ring_.now() - busy_since_ : 0.0); }
-  uint64_t bytes_read() const { return bytes_read_; }
-  uint64_t retries() const { return retries_; }
 
  private:
   static constexpr size_t kBatch = 64;
@@ -233,7 +241,7 @@ class EngineCore {
     flight.asked = std::min(piece.length - flight.done, flight.limit);
     flight.direct = piece.source->direct();
     flight.state = State::kFlying;
-    if (flying_++ == 0) busy_since_ = ring_.now();
+    if (flying_++ == 0) counted_until_s_ = ring_.now();
     ring_.submit({token(flight), piece.source, piece.offset + flight.done, piece.address + flight.done, flight.asked,
                   flight.blocking});
   }
@@ -244,7 +252,9 @@ class EngineCore {
     Flight& flight = flights_[index];
     if (flight.state != State::kFlying || token(flight) != completion.token) return;
     const double now = ring_.now();
-    if (--flying_ == 0) busy_s_ += now - busy_since_;
+    --flying_;
+    counts_.busy_s = counts_.busy_s + (now - counted_until_s_);
+    counted_until_s_ = now;
     flight.state = State::kResting;
     if (flight.entry->job->stopped()) return retire(flight);
     if (completion.result > 0) return advance(flight, static_cast<uint32_t>(completion.result), now);
@@ -260,14 +270,14 @@ class EngineCore {
     }
     const uint32_t reached = flight.done + count;
     if (reached >= piece.need) {
-      bytes_read_ += piece.need - flight.done;
+      counts_.bytes_read += piece.need - flight.done;
       job.progressed(flight.piece, piece.need, now);
       return retire(flight);
     }
     // Direct reads continue at a sector; what lies beyond the last whole one is read again.
     const uint32_t whole = reached - reached % piece.source->resume_align();
     if (whole > flight.done) {
-      bytes_read_ += whole - flight.done;
+      counts_.bytes_read += whole - flight.done;
       flight.done = whole;
       flight.repeats = 0;
       flight.rest_s = kShortestRestS;
@@ -277,7 +287,7 @@ class EngineCore {
     } else if (++flight.repeats == kRepeatsAtEnd) {
       return truncated(flight, reached);  // part of a sector, again and again: the file ends in it
     }
-    ++retries_;
+    ++counts_.retries;
     submit(flight);
   }
 
@@ -286,7 +296,7 @@ class EngineCore {
     switch (error) {
       case EINTR:
         if (stalled(flight, now)) break;
-        ++retries_;
+        ++counts_.retries;
         return submit(flight);
       case EAGAIN:
       case EBUSY:
@@ -298,7 +308,7 @@ class EngineCore {
       case EOPNOTSUPP:
         // Another read of the same file may have made it buffered while this one was in flight.
         if (flight.direct && (!source.direct() || source.fall_back(error))) {
-          ++retries_;
+          ++counts_.retries;
           return submit(flight);
         }
         break;
@@ -312,7 +322,7 @@ class EngineCore {
 
   // Tries again later, with less: a large read may be refused as a whole where a part of it is not.
   void rest(Flight& flight, double now) {
-    ++retries_;
+    ++counts_.retries;
     flight.due_s = now + flight.rest_s;
     flight.rest_s = std::min(2 * flight.rest_s, kLongestRestS);
     if (flight.blocking) flight.limit = std::max(std::min(flight.limit, kShortestTry), flight.limit / 2 / 4096 * 4096);
@@ -365,14 +375,12 @@ class EngineCore {
 
   Ring& ring_;
   const CoreLimits limits_;
+  CoreCounts& counts_;
   std::vector<Flight> flights_;
   std::deque<std::shared_ptr<Entry>> queue_;
   unsigned active_ = 0;
   unsigned flying_ = 0;
-  double busy_since_ = 0.0;
-  double busy_s_ = 0.0;
-  uint64_t bytes_read_ = 0;
-  uint64_t retries_ = 0;
+  double counted_until_s_ = 0.0;
 };
 
 }  // namespace mhaffn

@@ -163,11 +163,12 @@ class DeviceThread {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       jobs_.push_back(std::move(job));
+      if (!hungry_) return;  // it looks for jobs after each completion
     }
     poke();
   }
 
-  // Looks for new and stopped jobs.
+  // Makes it look for new and stopped jobs now.
   void poke() {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!poked_ && ring_) ring_->wake();
@@ -189,6 +190,9 @@ class DeviceThread {
     DeviceInfo info = info_;
     info.device = device_;
     info.direct = direct_;
+    info.bytes_read = counts_.bytes_read;
+    info.busy_s = counts_.busy_s;
+    info.retries = counts_.retries;
     return info;
   }
 
@@ -207,14 +211,10 @@ class DeviceThread {
     setup_.arena.reset();  // the ring holds its pages for as long as it needs them
     if (!ring) return fail_all(failure);
     publish(ring.get());
-    EngineCore core(*ring, {setup_.depth, kStallS});
+    EngineCore core(*ring, {setup_.depth, kStallS}, counts_);
     for (;;) {
       if (take(core) && core.idle()) break;
       core.step(EngineCore::kForever);
-      std::lock_guard<std::mutex> lock(mutex_);
-      info_.bytes_read = core.bytes_read();
-      info_.busy_s = core.busy_s();
-      info_.retries = core.retries();
     }
     publish(nullptr);
   }
@@ -255,6 +255,7 @@ class DeviceThread {
     bool poked, stopping;
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      hungry_ = jobs_.empty() && core.hungry();
       poked = std::exchange(poked_, false);
       stopping = stopping_;
       jobs.swap(jobs_);
@@ -294,7 +295,9 @@ class DeviceThread {
   WakeableRing* ring_ = nullptr;
   bool poked_ = false;
   bool stopping_ = false;
+  bool hungry_ = true;  // a new job could be started at once
   DeviceInfo info_;
+  CoreCounts counts_;
   Thread thread_;
 };
 

@@ -272,7 +272,8 @@ void run_schedule(uint64_t seed) {
   }
   const Odds odds = draw_odds(random);
   FakeRing ring(random, depth, odds);
-  EngineCore core(ring, {depth, kStallS});
+  CoreCounts counts;
+  EngineCore core(ring, {depth, kStallS}, counts);
   std::set<const FakeJob*> cancelled;
   size_t waiting = random() % 5;
   for (int turn = 0; waiting > 0 || !core.idle(); ++turn) {
@@ -300,8 +301,8 @@ void run_schedule(uint64_t seed) {
     pieces += job->list.size();
     for (uint32_t bytes : job->done) arrived += bytes;
   }
-  CHECK(core.bytes_read() == arrived);
-  CHECK(core.busy_s() <= ring.now() - FakeRing::kStart && (core.busy_s() > 0 || ring.submissions == 0));
+  CHECK(counts.bytes_read == arrived);
+  CHECK(counts.busy_s <= ring.now() - FakeRing::kStart && (counts.busy_s > 0 || ring.submissions == 0));
   // With rests of up to 20 ms, not as fast as it can.
   if (odds.again == 1000) CHECK(ring.submissions <= pieces * (static_cast<uint64_t>(kStallS / 20e-3) + 20));
   // A read that was only ever refused fails with what refused it, after a while.
