@@ -1,0 +1,109 @@
+"""Writes the README's table from the files under bench/results, in both languages.
+
+python bench/readme_table.py           rewrites what stands between the table marks
+python bench/readme_table.py --check   exits with 1 where a README differs
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+READMES = {"en": ROOT / "README.md", "zh": ROOT / "README.zh-CN.md"}
+BEGIN, END = "<!-- table -->", "<!-- /table -->"
+HEADS = {
+    "en": ("machine", "what streams", "s a pass", "GiB/s", "bound, by", "reached"),
+    "zh": ("机器", "流式内容", "每遍秒数", "GiB/s", "下界，受限于", "达到"),
+}
+WORDS = {
+    "zh": {
+        "SSD only": "全部来自 SSD", "DRAM only": "全部来自内存", "half DRAM, half SSD": "一半内存，一半 SSD",
+        "a third GPU, rest DRAM": "三分之一常驻 GPU，其余在内存", "decode": "解码", "prompt of": "提示长度",
+        "layers of 70B width": "层，70B 宽度", "tokens": "个词元", "SmolLM2-135M, all layers from SSD":
+        "SmolLM2-135M，所有层来自 SSD", "compute": "计算", "ssd": "SSD", "h2d": "主机→GPU 拷贝", "SSD → host": "SSD",
+    },
+    "en": {"ssd": "SSD", "h2d": "host→GPU copy", "SSD → host": "SSD"},
+}  # fmt: skip
+
+
+def rows() -> list[dict[str, object]]:
+    """One row a measurement: text parts in English, numbers as numbers."""
+    found: list[dict[str, object]] = []
+    for path in sorted(RESULTS.glob("demo-*.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        (decode,) = (report for report in values["reports"] if report["phase"] == "decode")
+        nbytes = sum(row["nbytes"] for row in decode["rows"] if row["lane"] == "ssd")
+        found.append(
+            {
+                "machine": machine(values["machine"]),
+                "what": ["SmolLM2-135M, all layers from SSD"],
+                "seconds": decode["seconds_per_pass"],
+                "rate": nbytes / decode["seconds_per_pass"] / 2**30,
+                "bound": decode["bound_s"],
+                "link": decode["bound_link"],
+            }
+        )
+
+    for path in sorted(RESULTS.glob("stream-*.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for row in values["rows"]:
+            phase = ["decode"] if row["tokens"] == 1 else ["prompt of", f" {row['tokens']} ", "tokens"]
+            found.append(
+                {
+                    "machine": machine(values["machine"]),
+                    "what": [f"{values['layers']} ", "layers of 70B width", ", ", row["mix"], ", ", *phase],
+                    "seconds": row["seconds"],
+                    "rate": row["gib_per_s"],
+                    "bound": row["bounds"][row["bound_link"]],
+                    "link": row["bound_link"],
+                }
+            )
+    return found
+
+
+def machine(values: dict[str, object]) -> str:
+    gpu = values["gpu"]
+    if isinstance(gpu, dict):
+        return str(gpu["name"]).removeprefix("NVIDIA ").removesuffix(" HBM3")
+    return f"{values['cores']}-core CPU"
+
+
+def table(language: str) -> str:
+    """The Markdown table in ``language``."""
+    words = WORDS[language]
+    lines = ["| " + " | ".join(HEADS[language]) + " |", "|---|---|---|---|---|---|"]
+    for row in rows():
+        what = "".join(words.get(part, part) for part in row["what"])  # type: ignore[attr-defined]
+        link = words.get(str(row["link"]), str(row["link"]))
+        share = float(str(row["bound"])) / float(str(row["seconds"]))
+        lines.append(
+            f"| {row['machine']} | {what} | {row['seconds']:.3f} | {row['rate']:.2f} "
+            f"| {row['bound']:.3f}, {link} | {share:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def with_table(text: str, language: str) -> str:
+    """``text`` with the table between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table(language)}\n{END}{after}"
+
+
+def main() -> int:
+    stale = 0
+    for language, path in READMES.items():
+        text = path.read_text(encoding="utf-8")
+        wanted = with_table(text, language)
+        if text != wanted:
+            stale = 1
+            if "--check" not in sys.argv:
+                path.write_text(wanted, encoding="utf-8")
+    return stale if "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
