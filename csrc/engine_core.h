@@ -136,16 +136,33 @@ class EngineCore {
     }
   }
 
-  // One turn: fills the ring, waits up to `wait_s` for completions, and acts on them.
-  void step(double wait_s) {
-    const double due = fill();
+  // Submits all that can be; returns when the next resting read is due.
+  double fill() {
+    const double now = ring_.now();
+    double due = now + kForever;
+    for (Flight& flight : flights_) {
+      if (flight.state == State::kResting) {
+        if (flight.entry->job->stopped()) {
+          retire(flight);
+        } else if (flight.due_s <= now) {
+          submit(flight);
+        } else {
+          due = std::min(due, flight.due_s);
+        }
+      }
+      if (flight.state == State::kFree && start_next(flight, now)) submit(flight);
+    }
+    return due;
+  }
+
+  // Waits for completions, at most until `due`, and acts on them; returns early when woken.
+  void finish_until(double due) {
     Completion batch[kBatch];
-    const double wait = std::max(0.0, std::min(wait_s, due - ring_.now()));
-    const size_t count = ring_.complete(batch, kBatch, wait);
+    const size_t count = ring_.complete(batch, kBatch, std::max(0.0, due - ring_.now()));
     for (size_t i = 0; i < count; ++i) finish(batch[i]);
   }
 
-  // Another job could be started at once.
+  // After fill(): another job could be started at once. While false, some completion or due time is certain to come.
   bool hungry() const { return queue_.empty() && active_ < flights_.size(); }
   bool idle() const { return active_ == 0 && queue_.empty(); }
   // Reads the ring has not completed: while there are any, their memory must stay.
@@ -188,25 +205,6 @@ class EngineCore {
 
   uint64_t token(const Flight& flight) const {
     return (static_cast<uint64_t>(flight.generation) << 32) | static_cast<uint64_t>(&flight - flights_.data());
-  }
-
-  // Submits all that can be; returns when the next resting read is due.
-  double fill() {
-    const double now = ring_.now();
-    double due = now + kForever;
-    for (Flight& flight : flights_) {
-      if (flight.state == State::kResting) {
-        if (flight.entry->job->stopped()) {
-          retire(flight);
-        } else if (flight.due_s <= now) {
-          submit(flight);
-        } else {
-          due = std::min(due, flight.due_s);
-        }
-      }
-      if (flight.state == State::kFree && start_next(flight, now)) submit(flight);
-    }
-    return due;
   }
 
   bool start_next(Flight& flight, double now) {

@@ -214,7 +214,12 @@ class DeviceThread {
     EngineCore core(*ring, {setup_.depth, kStallS}, counts_);
     for (;;) {
       if (take(core) && core.idle()) break;
-      core.step(EngineCore::kForever);
+      const double due = core.fill();
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        hungry_ = core.hungry();
+      }
+      core.finish_until(due);
     }
     publish(nullptr);
   }
@@ -255,7 +260,7 @@ class DeviceThread {
     bool poked, stopping;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      hungry_ = jobs_.empty() && core.hungry();
+      hungry_ = true;  // until the jobs that come now are counted
       poked = std::exchange(poked_, false);
       stopping = stopping_;
       jobs.swap(jobs_);

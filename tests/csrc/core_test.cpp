@@ -293,7 +293,9 @@ void run_schedule(uint64_t seed) {
       }
     }
     if (random() % 2000 == 0) files[random() % files.size()]->truncate(random() % 12000);
-    core.step(waiting > 0 ? 0.0 : EngineCore::kForever);
+    const double due = core.fill();
+    CHECK(core.hungry() || core.in_flight() > 0 || due < ring.now() + EngineCore::kForever / 2);
+    core.finish_until(waiting > 0 ? ring.now() : due);
     CHECK(core.in_flight() <= depth);
   }
   uint64_t arrived = 0, pieces = 0;
