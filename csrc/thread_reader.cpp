@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "reader.h"
@@ -53,10 +54,17 @@ void work(const std::shared_ptr<Exchange>& exchange) {
 
 class ThreadRing : public WakeableRing {
  public:
+  // Fewer threads than `depth` where the system gives no more; reads then wait their turn.
   explicit ThreadRing(unsigned depth) : exchange_(std::make_shared<Exchange>()) {
     threads_.reserve(depth);
-    for (unsigned i = 0; i < depth; ++i) threads_.emplace_back([exchange = exchange_] { work(exchange); });
+    try {
+      for (unsigned i = 0; i < depth; ++i) threads_.emplace_back([exchange = exchange_] { work(exchange); });
+    } catch (const std::system_error& error) {
+      if (threads_.empty()) fail_unavailable(std::string("no thread could be started: ") + error.what());
+    }
   }
+
+  size_t threads() const { return threads_.size(); }
 
   ~ThreadRing() override {
     {
@@ -114,8 +122,9 @@ class ThreadRing : public WakeableRing {
 }  // namespace
 
 std::unique_ptr<WakeableRing> make_thread_ring(const RingSetup& setup, RingFeatures& features) {
-  features.detail = std::to_string(setup.depth) + " preadv threads";
-  return std::make_unique<ThreadRing>(setup.depth);
+  auto ring = std::make_unique<ThreadRing>(setup.depth);
+  features.detail = std::to_string(ring->threads()) + " preadv threads";
+  return ring;
 }
 
 }  // namespace mhaffn

@@ -18,6 +18,7 @@ namespace {
 constexpr uint64_t kWakeToken = UINT64_MAX;
 constexpr uint64_t kCancelToken = UINT64_MAX - 1;
 constexpr unsigned kFileSlots = 256;
+constexpr double kLeastHugePageShare = 0.5;
 
 std::string explain_setup(int error) {
   std::string text = "io_uring set-up failed: " + errno_text(error);
@@ -72,7 +73,7 @@ class UringRing : public WakeableRing {
     if (const int error = set_up(ring_, setup.depth, features.detail)) fail_unavailable(explain_setup(error), error);
     io_uring_ring_dontfork(&ring_);
     try {
-      if (setup.arena) features.registered_buffers = register_arena(setup);
+      if (setup.arena) features.registered_buffers = register_arena(setup, features.detail);
       features.registered_files = has_files_ = io_uring_register_files_sparse(&ring_, kFileSlots) == 0;
       files_.resize(kFileSlots);
     } catch (...) {
@@ -166,8 +167,12 @@ class UringRing : public WakeableRing {
     return count;
   }
 
-  bool register_arena(const RingSetup& setup) {
+  bool register_arena(const RingSetup& setup, std::string& detail) {
     const Arena& arena = *setup.arena;
+    if (arena.info().huge_page_share < kLeastHugePageShare) {
+      detail += ", buffers not registered since they are in small pages, where that costs more than it saves";
+      return false;
+    }
     std::vector<iovec> pieces;
     for (uint64_t at = 0; at < arena.nbytes(); at += kRegisteredPieceBytes) {
       pieces.push_back({arena.address() + at, std::min<size_t>(kRegisteredPieceBytes, arena.nbytes() - at)});

@@ -350,6 +350,36 @@ def test_arena_sizes_are_exact_to_2_mib() -> None:
         assert info.huge_page_share > 0.5 or "[never]" in enabled
 
 
+def test_buffers_are_registered_where_that_helps(reader: Reader, arena: PinnedArena, tmp_path: Path) -> None:
+    content = make_file(tmp_path / "file", 100_000)
+    extent = Extent(str(tmp_path / "file"), 0, 100_000)
+    uring = reader.info().engine == "io_uring"
+    assert read(reader, arena, [extent]) == [content]
+    assert reader.info().registered_buffers == (uring and arena.info().huge_page_share >= 0.5)
+    with PinnedArena(2 * MIB, cuda=False, prefault=False) as small:
+        assert not small.info().prefaulted
+        with Reader(engine=reader.info().engine, arena=small) as other:  # type: ignore[arg-type]
+            assert read(other, small, [extent]) == [content]
+            (device,) = other.info().devices
+            assert not device.registered_buffers and ("small pages" in device.detail) == uring
+            assert other.info().reasons == ()
+
+
+@pytest.mark.gpu
+def test_pinned_for_cuda(tmp_path: Path) -> None:
+    content = make_file(tmp_path / "file", 8 * MIB)
+    with PinnedArena(64 * MIB, cuda=True) as arena, Reader(arena=arena) as reader:
+        assert arena.info().cuda_registered and arena.info().register_s > 0
+        with arena.lease(8 * MIB) as slot:
+            request = reader.submit([Extent(str(tmp_path / "file"), 0, 8 * MIB)], slot)
+            request.wait(30)
+            host = torch.frombuffer(slot, dtype=torch.uint8)
+            assert host.is_pinned()
+            device = host.to("cuda", non_blocking=True)
+            torch.cuda.synchronize()
+            assert bytes(device.cpu().numpy()) == content
+
+
 def test_cuda_is_optional_unless_asked_for() -> None:
     with PinnedArena(2 * MIB) as arena:
         info = arena.info()
