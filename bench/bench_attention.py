@@ -29,6 +29,10 @@ def sdpa(q, k, v, **options):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options).transpose(1, 2)
 
 
+def single(peers):
+    return {name: [call] for name, call in peers.items()}
+
+
 def through(backend, q, k, v, **options):
     with sdpa_kernel(backend):
         return sdpa(q, k, v, **options)
@@ -49,8 +53,7 @@ def prefill(bench: Bench) -> None:
             "Gluon prefill": lambda: attention_prefill_sm90.attention_prefill_sm90(q, k, v, True, K**-0.5),
             **{n: (lambda b=b: through(b, q, k, v, is_causal=True)) for n, b in BACKENDS.items()},
         }
-        for name, call in peers.items():
-            bench.row(f"prefill causal T={t}", name, [call], truth, flops=flops, graph=False)
+        bench.compare(f"prefill causal T={t}", single(peers), truth, flops=flops)
 
 
 def chunked_prefill(bench: Bench) -> None:
@@ -63,8 +66,7 @@ def chunked_prefill(bench: Bench) -> None:
         "mhaffn.ops.attention": lambda: ops.attention(q, k, v),
         "SDPA with mask": lambda: sdpa(q, k, v, attn_mask=allowed),
     }
-    for name, call in peers.items():
-        bench.row(f"chunk T={t} of S={s}", name, [call], truth, flops=flops, graph=False)
+    bench.compare(f"chunk T={t} of S={s}", single(peers), truth, flops=flops)
 
 
 def padded(bench: Bench) -> None:
@@ -92,8 +94,7 @@ def padded(bench: Bench) -> None:
         "SDPA, mask and repeat": repeated,
         "SDPA, mask, GQA": lambda: torch.where(seen, sdpa(q, k, v, attn_mask=full), 0),
     }
-    for name, call in peers.items():
-        bench.row(f"left-padded B={b} T={t}", name, [call], truth, flops=flops, graph=False)
+    bench.compare(f"left-padded B={b} T={t}", single(peers), truth, flops=flops)
 
 
 def decode(bench: Bench) -> None:
@@ -109,18 +110,19 @@ def decode(bench: Bench) -> None:
                 "ops, device lengths": lambda q, k, v: ops.attention(q, k, v, kv_lens=lens),
                 **{n: (lambda q, k, v, w=w: through(w, q, k, v)) for n, w in BACKENDS.items()},
             }
-            for name, peer in peers.items():
-                calls = [lambda k=k, v=v, peer=peer: peer(q, k, v) for k, v in sets]
-                bench.row(f"decode B={b} S={s}", name, calls, truth, bytes_moved=size, graph=True)
+            calls = {n: [lambda k=k, v=v, p=p: p(q, k, v) for k, v in sets] for n, p in peers.items()}
+            bench.compare(f"decode B={b} S={s}", calls, truth, bytes_moved=size)
             for tokens in (4, 16, 64) if b == 1 and s == 8192 else ():
                 few = randn(b, tokens, HQ, K)
-                run = attention_decode.attention_decode, attention_prefill.attention_prefill
-                for name, kernel in zip(("decode kernel", "prefill kernel"), run, strict=True):
-                    calls = [
-                        lambda k=k, v=v, kernel=kernel: kernel(few, k, v, True, None, None, K**-0.5) for k, v in sets
-                    ]
-                    bench.row(f"{tokens} tokens S={s}", name, calls, reference.attention(few, *sets[0]),
-                              bytes_moved=size, graph=True)  # fmt: skip
+                kernels = {
+                    "decode kernel": attention_decode.attention_decode,
+                    "prefill kernel": attention_prefill.attention_prefill,
+                }
+                calls = {
+                    n: [lambda k=k, v=v, p=p: p(few, k, v, True, None, None, K**-0.5) for k, v in sets]
+                    for n, p in kernels.items()
+                }
+                bench.compare(f"{tokens} tokens S={s}", calls, reference.attention(few, *sets[0]), bytes_moved=size)
 
 
 def run(bench: Bench) -> None:

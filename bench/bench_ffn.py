@@ -1,7 +1,8 @@
 """FFN against cuBLAS (eager), torch.compile and Liger, Llama-3.1-70B and 8B widths, bf16.
 
-``python bench/bench_ffn.py --out bench/results/ffn.json``. Up to 64 rows in a CUDA graph; the weights do not fit L2.
-"three products" is the time of the three cuBLAS products alone: what a free epilogue would give.
+``python bench/bench_ffn.py --out bench/results/ffn.json``. In CUDA graphs; the weights do not fit L2.
+
+"three cuBLAS products" is the time of the three cuBLAS products alone: what a free epilogue would give.
 """
 
 # ruff: noqa: B023  (the calls of a row run before the loop goes on)
@@ -51,17 +52,15 @@ def run(bench: Bench) -> None:
                 peers["torch.compile"] = torch.compile(
                     lambda *a: F.linear(F.silu(F.linear(a[0], a[1])) * F.linear(a[0], a[2]), a[3]), dynamic=False
                 )
-            for name, peer in peers.items():
-                calls = [lambda w=w, peer=peer: peer(x, *w) for w in sets]
-                bench.row(f"ffn {model} M={m}", name, calls, truth, bytes_moved=size if m <= 64 else 0,
-                          flops=6 * m * width * inner, graph=m <= 64)  # fmt: skip
+            calls = {name: [lambda w=w, peer=peer: peer(x, *w) for w in sets] for name, peer in peers.items()}
+            flops = 6 * m * width * inner
+            bench.compare(f"ffn {model} M={m}", calls, truth, bytes_moved=size if m <= 64 else 0, flops=flops)
             if m >= 512:
                 hidden = torch.randn(m, inner, device="cuda", dtype=torch.bfloat16)
                 w1, w3, w2 = sets[0]
                 products = [lambda: (F.linear(x, w1), F.linear(x, w3), F.linear(hidden, w2))]
-                bench.row(
-                    f"ffn {model} M={m}", "three products", products, None, flops=6 * m * width * inner, graph=False
-                )
+                again = {"mhaffn.ops.ffn": [lambda: ops.ffn(x, w1, w3, w2)], "three cuBLAS products": products}
+                bench.compare(f"ffn {model} M={m}, products", again, None, flops=flops)
         del sets, wide
 
 

@@ -35,16 +35,14 @@ def norms(bench: Bench, t: int) -> None:
         "torch.compile": compiled,
         "Liger": liger_norm,
     }
-    for name, peer in peers.items():
-        calls = [lambda x=x, peer=peer: peer(x, weight, 1e-5) for x in sets]
-        bench.row(f"rms_norm T={t}", name, calls, reference.rms_norm(sets[0], weight, 1e-5),
-                  bytes_moved=4 * t * D, graph=True, roof="copy_bytes_per_s")  # fmt: skip
-    residual = randn(1, t, D)
-    for name, peer in {"mhaffn.ops.add_rms_norm": ops.add_rms_norm, "PyTorch": library.add_rms_norm}.items():
-        calls = [lambda x=x, peer=peer: peer(x, residual, weight, 1e-5) for x in sets]
-        truth = reference.add_rms_norm(sets[0], residual, weight, 1e-5)[0]
-        bench.row(f"add_rms_norm T={t}", name, calls, truth,
-                  bytes_moved=8 * t * D, graph=True, roof="copy_bytes_per_s")  # fmt: skip
+    calls = {n: [lambda x=x, p=p: p(x, weight, 1e-5) for x in sets] for n, p in peers.items()}
+    truth = reference.rms_norm(sets[0], weight, 1e-5)
+    bench.compare(f"rms_norm T={t}", calls, truth, bytes_moved=4 * t * D, roof="copy_bytes_per_s")
+    peers = {"mhaffn.ops.add_rms_norm": ops.add_rms_norm, "PyTorch": library.add_rms_norm}
+    pairs = list(zip(sets, sets[-1:] + sets[:-1], strict=True))
+    calls = {n: [lambda x=x, r=r, p=p: p(x, r, weight, 1e-5) for x, r in pairs] for n, p in peers.items()}
+    truth = reference.add_rms_norm(*pairs[0], weight, 1e-5)[0]
+    bench.compare(f"add_rms_norm T={t}", calls, truth, bytes_moved=8 * t * D, roof="copy_bytes_per_s")
 
 
 def ropes(bench: Bench, t: int) -> None:
@@ -54,21 +52,26 @@ def ropes(bench: Bench, t: int) -> None:
     cos, sin = angle.cos(), angle.sin()
     peers = {
         "mhaffn.ops.rope": lambda q, k: ops.rope(q, k, cos, sin),
-        "ops, interleaved": lambda q, k: ops.rope(q, k, cos, sin, interleaved=True),
         "PyTorch": lambda q, k: library.rope(q, k, cos, sin, False),
         "torch.compile": torch.compile(lambda q, k: library.rope(q, k, cos, sin, False), dynamic=False),
     }
-    for name, peer in peers.items():
-        calls = [lambda q=q, k=k, peer=peer: peer(q, k) for q, k in sets]
-        truth = reference.rotate(sets[0][0], cos, sin, interleaved="interleaved" in name)
-        bench.row(f"rope T={t}", name, calls, truth, bytes_moved=size, graph=True, roof="copy_bytes_per_s")
+    bench_rope(bench, f"rope T={t}", sets, peers, reference.rotate(sets[0][0], cos, sin), size)
+    turned = {"ops, interleaved": lambda q, k: ops.rope(q, k, cos, sin, interleaved=True)}
+    truth = reference.rotate(sets[0][0], cos, sin, interleaved=True)
+    bench_rope(bench, f"rope T={t}", sets, turned, truth, size)
     caches = torch.zeros(2, 1, t + 8, H, K, device="cuda", dtype=torch.bfloat16)
     start = torch.zeros(1, dtype=torch.int64, device="cuda")
-    for name, peer in {"mhaffn.ops.rope_write": ops.rope_write, "PyTorch": library.rope_write}.items():
-        more = (False,) if peer is library.rope_write else ()
-        calls = [lambda q=q, k=k, peer=peer, m=more: peer(q, k, k, cos, sin, *caches, start, *m) for q, k in sets]
-        bench.row(f"rope_write T={t}", name, calls, reference.rotate(sets[0][0], cos, sin),
-                  bytes_moved=size + t * H * K * 4, graph=True, roof="copy_bytes_per_s")  # fmt: skip
+    peers = {
+        "mhaffn.ops.rope_write": lambda q, k: ops.rope_write(q, k, k, cos, sin, *caches, start),
+        "PyTorch": lambda q, k: library.rope_write(q, k, k, cos, sin, *caches, start, False),
+    }
+    more = size + t * H * K * 4
+    bench_rope(bench, f"rope_write T={t}", sets, peers, reference.rotate(sets[0][0], cos, sin), more)
+
+
+def bench_rope(bench: Bench, shape: str, sets, peers, truth: torch.Tensor, size: int) -> None:
+    calls = {n: [lambda q=q, k=k, p=p: p(q, k) for q, k in sets] for n, p in peers.items()}
+    bench.compare(shape, calls, truth, bytes_moved=size, roof="copy_bytes_per_s")
 
 
 def run(bench: Bench) -> None:

@@ -80,54 +80,73 @@ class Bench:
         self.roofs = measure_roofs()
         self.rows: list[dict[str, Any]] = []
 
-    def row(
+    def compare(
         self,
         shape: str,
-        implementation: str,
-        calls: Sequence[timing.Call],
+        peers: dict[str, Sequence[timing.Call]],
         truth: torch.Tensor | None,
         *,
         bytes_moved: float = 0,
         flops: float = 0,
-        graph: bool,
         tolerance: float = 2e-2,
         samples: int = 20,
         roof: str = "read_bytes_per_s",
-    ) -> float | None:
-        """Checks ``calls[0]`` against the truth, times the calls, prints and keeps a row; milliseconds or None."""
-        entry: dict[str, Any] = {"shape": shape, "implementation": implementation, "graph": graph}
-        self.rows.append(entry)
-        try:
-            if truth is not None:
-                got = calls[0]()
-                got = got[0] if isinstance(got, tuple | list) else got
-                error = ((got.float() - truth.float()).norm() / truth.float().norm()).item()
-                entry["relative_error"] = error
-                if not error <= tolerance:
-                    raise ArithmeticError(f"relative error {error:.2e} over {tolerance:.0e}: not timed")
-            timed = timing.time_graph(calls, samples) if graph else timing.time_calls(calls[0], samples)
-        except Exception as problem:
-            entry["failed"] = f"{type(problem).__name__}: {problem}"[:200]
-            print(f"{shape:34} {implementation:28} {entry['failed']}", flush=True)
-            return None
-        entry |= {"median_ms": timed.median_ms, "p20_ms": timed.p20_ms, "p80_ms": timed.p80_ms}
-        line = f"{shape:34} {implementation:28} {timed.median_ms * 1e3:10.1f} us"
+    ) -> None:
+        """Checks each peer's first call against the truth, then times all of them by turns, in CUDA graphs.
+
+        By turns: clocks fall as the chip warms, and the peer timed first would win.
+        """
+        graphs: dict[str, timing.Graph] = {}
+        entries = {name: {"shape": shape, "implementation": name} for name in peers}
+        for name, calls in peers.items():
+            try:
+                if truth is not None:
+                    entries[name]["relative_error"] = self._error(calls[0](), truth, tolerance)
+                graphs[name] = timing.Graph(calls)
+            except Exception as problem:
+                entries[name]["failed"] = f"{type(problem).__name__}: {problem}"[:200]
+        times = timing.by_turns(graphs, samples)
+        for name, entry in entries.items():
+            if name in times:
+                entry |= self._figures(times[name], bytes_moved, flops, roof)
+            self.rows.append(entry)
+            print(_line(entry), flush=True)
+
+    @staticmethod
+    def _error(got: Any, truth: torch.Tensor, tolerance: float) -> float:
+        got = got[0] if isinstance(got, tuple | list) else got
+        error = ((got.float() - truth.float()).norm() / truth.float().norm()).item()
+        if not error <= tolerance:
+            raise ArithmeticError(f"relative error {error:.2e} over {tolerance:.0e}: not timed")
+        return error
+
+    def _figures(self, timed: timing.Timing, bytes_moved: float, flops: float, roof: str) -> dict[str, Any]:
+        figures: dict[str, Any] = {"median_ms": timed.median_ms, "p20_ms": timed.p20_ms, "p80_ms": timed.p80_ms}
         if bytes_moved:
             rate = bytes_moved / timed.median_ms * 1e3
-            entry |= {"bytes_per_s": rate, "share_of_roof": rate / self.roofs[roof], "roof": roof}
-            line += f" {rate / 1e12:6.2f} TB/s {entry['share_of_roof']:6.1%}"
+            figures |= {"bytes_per_s": rate, "share_of_roof": rate / self.roofs[roof], "roof": roof}
         if flops:
             rate = flops / timed.median_ms * 1e3
-            entry |= {"flop_per_s": rate, "share_of_matmul": rate / self.roofs["bf16_flop_per_s"]}
-            line += f" {rate / 1e12:6.0f} TFLOP/s"
-        print(line, flush=True)
-        return timed.median_ms
+            figures |= {"flop_per_s": rate, "share_of_matmul": rate / self.roofs["bf16_flop_per_s"]}
+        return figures
 
     def save(self, path: Path | None) -> None:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             report = {"bench": self.name, "environment": environment(), "roofs": self.roofs, "rows": self.rows}
             path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _line(entry: dict[str, Any]) -> str:
+    line = f"{entry['shape']:28} {entry['implementation']:26} "
+    if "median_ms" not in entry:
+        return line + entry.get("failed", "")
+    line += f"{entry['median_ms'] * 1e3:9.1f} us"
+    if "bytes_per_s" in entry:
+        line += f" {entry['bytes_per_s'] / 1e12:5.2f} TB/s {entry['share_of_roof']:4.0%}"
+    if "flop_per_s" in entry:
+        line += f" {entry['flop_per_s'] / 1e12:4.0f} TFLOP/s"
+    return line
 
 
 def main(name: str, run: Callable[[Bench], None]) -> None:

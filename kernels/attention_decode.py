@@ -36,7 +36,6 @@ def split_kernel(
     """One split of the keys for one tile of rows of one key head."""
     if OVERLAP:
         gdc_wait()
-        gdc_launch_dependents()  # the combining kernel gets ready now and waits for this one's end
     split = tl.program_id(0)
     first_row = tl.program_id(1) * BLOCK_M
     head_index = tl.program_id(2)
@@ -92,6 +91,8 @@ def split_kernel(
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_max = new_max
 
+    if OVERLAP:
+        gdc_launch_dependents()  # the combining kernel gets ready and waits for this one's end
     empty = b_sum == 0.0
     b_sum = tl.where(empty, 1.0, b_sum)
     b_out = b_acc / b_sum[:, None]
@@ -162,12 +163,11 @@ def attention_decode(
     group = hq // h
     rows = t * group
     block_k = max(16, triton.next_power_of_2(dim))  # tl.dot needs 16
-    if tile is None:
-        tile = tiles.tile(
-            "attention_decode", machine.arch, element=q.element_size(), dim=block_k, keys=s, programs=b * h
-        )
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
     row_tiles = triton.cdiv(rows, block_m)
+    if tile is None:
+        sizes = {"element": q.element_size(), "dim": block_k, "rows": block_m, "keys": s, "programs": b * h}
+        tile = tiles.tile("attention_decode", machine.arch, **sizes)
     splits = split_count(b * h * row_tiles, s, tile["BLOCK_N"], machine.processors, tile["WAVES"])
     partial, lse = out, out
     if splits > 1:

@@ -38,7 +38,6 @@ def few_rows_kernel(
     """out[m, r] = a[r] · x[m], or silu of that times b[r] · x[m]; a and b [ROWS, D]."""
     if OVERLAP:
         gdc_wait()
-        gdc_launch_dependents()  # the next product gets ready while this one drains
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m = tl.arange(0, BLOCK_M)
     o_row = tl.minimum(r, ROWS - 1).to(tl.int64)[:, None] * D  # the last tile rereads a row instead of masking
@@ -60,6 +59,8 @@ def few_rows_kernel(
             else:
                 b_b = tl.load(p_b + o_row + d[None, :], mask=(d < D)[None, :], other=0.0)
             up = tl.dot(b_b, b_x, up, input_precision="ieee")
+    if OVERLAP:
+        gdc_launch_dependents()  # not sooner: the next product's programs would crowd the first free processors
     if GATED:
         gate = gate / (1.0 + tl.exp(-gate)) * up
     p_tile = p_out + m[None, :].to(tl.int64) * ROWS + r[:, None]

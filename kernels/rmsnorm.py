@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from . import tiles
 
 WIDTH_MAX = 32768
 
@@ -21,8 +24,11 @@ WIDTH_MAX = 32768
 @triton.jit
 def rms_norm_kernel(
     p_x, p_residual, p_weight, p_out, p_total, D, x_row, residual_row, eps,
-    BLOCK_D: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_D: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -71,8 +77,10 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     rows = _rows(x)
     other = rows if residual is None else _rows(residual)
     block = triton.next_power_of_2(width)
+    overlap = tiles.machine(x.device).overlap
     rms_norm_kernel[(rows.shape[0],)](
         rows, other, weight, out, total, width, rows.stride(0), other.stride(0), eps,
-        BLOCK_D=block, ADD=residual is not None, num_warps=_warps(block),
+        BLOCK_D=block, ADD=residual is not None, OVERLAP=overlap, num_warps=_warps(block),
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out, total

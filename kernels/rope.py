@@ -15,16 +15,32 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from . import tiles
+
+PAIRS, WARPS = 2048, 4  # pairs a program turns, warps it has
 
 
 @triton.jit
-def turn(p_x, p_out, first, second, b_cos, b_sin, m_tile):
-    """Rotates the pairs at offsets ``first`` and ``second`` of p_x into the same places of p_out."""
-    b_first = tl.load(p_x + first[0], mask=m_tile, other=0.0).to(tl.float32)
-    b_second = tl.load(p_x + second[0], mask=m_tile, other=0.0).to(tl.float32)
+def turn(p_in, p_out, b_cos, b_sin, m_head, K: tl.constexpr, BLOCK_HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Rotates heads: p_in and p_out [BLOCK_H, 1] point at their first elements."""
+    half: tl.constexpr = K // 2
     element = p_out.dtype.element_ty
-    tl.store(p_out + first[1], (b_first * b_cos - b_second * b_sin).to(element), mask=m_tile)
-    tl.store(p_out + second[1], (b_second * b_cos + b_first * b_sin).to(element), mask=m_tile)
+    if INTERLEAVED:  # whole heads are read and written in one piece; pairs are neighbours in registers
+        dim = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        m_tile = m_head & (dim < K)
+        b_x = tl.load(p_in + dim, mask=m_tile, other=0.0).to(tl.float32)
+        first, second = tl.split(b_x.reshape(b_x.shape[0], BLOCK_HALF, 2))
+        b_out = tl.join(first * b_cos - second * b_sin, second * b_cos + first * b_sin)
+        tl.store(p_out + dim, b_out.reshape(b_x.shape[0], 2 * BLOCK_HALF).to(element), mask=m_tile)
+    else:
+        pair = tl.arange(0, BLOCK_HALF)[None, :]
+        m_tile = m_head & (pair < half)
+        first = tl.load(p_in + pair, mask=m_tile, other=0.0).to(tl.float32)
+        second = tl.load(p_in + half + pair, mask=m_tile, other=0.0).to(tl.float32)
+        tl.store(p_out + pair, (first * b_cos - second * b_sin).to(element), mask=m_tile)
+        tl.store(p_out + half + pair, (second * b_cos + first * b_sin).to(element), mask=m_tile)
 
 
 @triton.jit
@@ -33,44 +49,37 @@ def rope_kernel(
     T, HQ, H, cos_b, cos_t, sin_b, sin_t,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ko_b, ko_t, ko_h, vo_b, vo_t, vo_h,
     K: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr, INTERLEAVED: tl.constexpr, CACHE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token; axis 1 counts tiles of query heads, then of key heads, then (CACHE) of value heads."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     batch = tl.program_id(0) // T
     token = tl.program_id(0) % T
     part = tl.program_id(1)
     q_tiles = tl.cdiv(HQ, BLOCK_H)
     k_tiles = tl.cdiv(H, BLOCK_H)
-    half: tl.constexpr = K // 2
     pair = tl.arange(0, BLOCK_HALF)
-    m_pair = pair < half
+    m_pair = pair < K // 2
     batch = batch.to(tl.int64)
     place = token.to(tl.int64)
     if CACHE:
         place += tl.load(p_start + batch)
 
-    if INTERLEAVED:
-        low = 2 * pair
-        high = 2 * pair + 1
-    else:
-        low = pair
-        high = pair + half
     if part < q_tiles + k_tiles:
         b_cos = tl.load(p_cos + batch * cos_b + token.to(tl.int64) * cos_t + pair, mask=m_pair, other=0.0)[None, :]
         b_sin = tl.load(p_sin + batch * sin_b + token.to(tl.int64) * sin_t + pair, mask=m_pair, other=0.0)[None, :]
         if part < q_tiles:
             head = part * BLOCK_H + tl.arange(0, BLOCK_H)
-            m_tile = (head < HQ)[:, None] & m_pair[None, :]
             o_in = (batch * q_b + token.to(tl.int64) * q_t + head.to(tl.int64) * q_h)[:, None]
             o_out = ((tl.program_id(0).to(tl.int64) * HQ + head) * K)[:, None]
-            turn(p_q, p_q_out, (o_in + low[None, :], o_out + low[None, :]),
-                 (o_in + high[None, :], o_out + high[None, :]), b_cos, b_sin, m_tile)  # fmt: skip
+            turn(p_q + o_in, p_q_out + o_out, b_cos, b_sin, (head < HQ)[:, None], K, BLOCK_HALF, INTERLEAVED)
         else:
             head = (part - q_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
-            m_tile = (head < H)[:, None] & m_pair[None, :]
             o_in = (batch * k_b + token.to(tl.int64) * k_t + head.to(tl.int64) * k_h)[:, None]
             o_out = (batch * ko_b + place * ko_t + head.to(tl.int64) * ko_h)[:, None]
-            turn(p_k, p_k_out, (o_in + low[None, :], o_out + low[None, :]),
-                 (o_in + high[None, :], o_out + high[None, :]), b_cos, b_sin, m_tile)  # fmt: skip
+            turn(p_k + o_in, p_k_out + o_out, b_cos, b_sin, (head < H)[:, None], K, BLOCK_HALF, INTERLEAVED)
     elif CACHE:
         value_head = (part - q_tiles - k_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
         dim = tl.arange(0, 2 * BLOCK_HALF)
@@ -108,13 +117,15 @@ def _launch(
         raise ValueError(f"rope: got q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}")
     if b * t == 0:
         return
+    overlap = tiles.machine(q.device).overlap
     values, out_values = (k, out_k) if v is None or out_v is None else (v, out_v)
     block_half = triton.next_power_of_2(max(1, dim // 2))
-    block_h = min(triton.next_power_of_2(max(hq, h)), max(1, 2048 // block_half))
+    block_h = min(triton.next_power_of_2(max(hq, h)), max(1, PAIRS // block_half))
     parts = triton.cdiv(hq, block_h) + triton.cdiv(h, block_h) * (1 if v is None else 2)
     angles = [(x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0, x.stride(-2)) for x in (cos, sin)]
     rope_kernel[(b * t, parts)](
         q, k, values, cos, sin, start, out_q, out_k, out_values, t, hq, h, *angles[0], *angles[1],
         *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *out_k.stride()[:3], *out_values.stride()[:3],
-        K=dim, BLOCK_HALF=block_half, BLOCK_H=block_h, INTERLEAVED=interleaved, CACHE=v is not None, num_warps=4,
+        K=dim, BLOCK_HALF=block_half, BLOCK_H=block_h, INTERLEAVED=interleaved, CACHE=v is not None,
+        OVERLAP=overlap, num_warps=WARPS, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip

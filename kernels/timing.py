@@ -39,21 +39,47 @@ def _sample(run: Call, calls: int, samples: int) -> Timing:
     return _summary([start.elapsed_time(end) / calls for start, end in events])
 
 
+class Graph:
+    """Calls captured one after another."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = len(calls)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # first calls compile, load modules and allocate: not in a capture
+            calls[0]()
+            calls[-1]()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for call in calls:
+                call()
+        self.graph.replay()
+        torch.cuda.synchronize()
+
+
 def time_graph(calls: Sequence[Call], samples: int = 20) -> Timing:
     """The calls one after another in a CUDA graph: what they cost without the host."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # first calls compile, load modules and allocate: not in a capture
-        calls[0]()
-        calls[-1]()
+    graph = Graph(calls)
+    return _sample(graph.graph.replay, graph.calls, samples)
+
+
+def by_turns(graphs: dict[str, Graph], samples: int) -> dict[str, Timing]:
+    """Times graphs in alternation, each sample the second of two replays (the first warms what the last left cold)."""
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+    for _ in range(samples):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.graph.replay()
+            start.record()
+            graph.graph.replay()
+            end.record()
+            events[name].append((start, end))
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    graph.replay()
-    return _sample(graph.replay, len(calls), samples)
+    return {
+        name: _summary([start.elapsed_time(end) / graphs[name].calls for start, end in pairs])
+        for name, pairs in events.items()
+    }
 
 
 def time_calls(call: Call, samples: int = 20) -> Timing:

@@ -143,15 +143,15 @@ def problems() -> list[Problem]:
     found = []
     decode = list(grid(BLOCK_N=(32, 64, 128), STAGES=(2, 3, 4), WARPS=(4,), WAVES=(1, 2, 3, 4), COMBINE_WARPS=(2,)))
     decode += list(grid(BLOCK_N=(128,), STAGES=(2, 3), WARPS=(8,), WAVES=(1, 2), COMBINE_WARPS=(2,)))
+    one = {"element": 2, "dim": 128, "rows": 16, "programs": 32}
     for bound, keys in (({"keys": 4096}, 2048), ({"keys": 16384}, 8192), ({}, 32768)):
-        found.append(
-            Problem(
-                "attention_decode",
-                {"element": 2, "dim": 128, **bound},
-                decode,
-                [decode_shape(1, keys), decode_shape(1, keys, tokens=16)],
-            )
-        )
+        found.append(Problem("attention_decode", {**one, **bound}, decode, [decode_shape(1, keys)]))
+    many = {"element": 2, "dim": 128, "rows": 16}
+    for bound, shapes in (({"keys": 4096}, (2048,)), ({}, (8192, 32768))):
+        calls = [decode_shape(8, keys) for keys in shapes]
+        found.append(Problem("attention_decode", {**many, **bound}, decode, calls))
+    drafted = {"element": 2, "dim": 128}
+    found.append(Problem("attention_decode", drafted, decode, [decode_shape(1, 8192, tokens=n) for n in (4, 16)]))
     small = list(grid(BLOCK_N=(64, 128), STAGES=(2, 3, 4), WARPS=(4,), WAVES=(1, 2, 4), COMBINE_WARPS=(2,)))
     found.append(
         Problem(

@@ -93,9 +93,10 @@ def shipped(arch: str, dtypes: list[torch.dtype]):
         for kernel in ("attention_prefill", "attention_decode"):
             done = 0
             for rule in rules[kernel]:
-                if size > rule["max"].get("element", 4) or rule["max"]["dim"] <= done:
+                dim = rule["max"]["dim"]
+                if size > rule["max"].get("element", 4) or dim < done:
                     continue
-                done = dim = rule["max"]["dim"]
+                done = dim
                 q, k = torch.empty(2, 512, 8, dim, dtype=dtype), torch.empty(2, 512, 2, dim, dtype=dtype)
                 lens, mask = torch.empty(2, dtype=torch.int32), torch.empty(2, 1, 512, 512, dtype=torch.bool)
                 if kernel == "attention_prefill":
@@ -103,7 +104,8 @@ def shipped(arch: str, dtypes: list[torch.dtype]):
                     attention_prefill.attention_prefill(q, k, k, True, lens, mask, 0.1, rule["tile"])
                 else:
                     attention_decode.attention_decode(q[:, :1], k, k, True, lens, None, 0.1, rule["tile"])
-                    attention_decode.attention_decode(q[:, :16], k, k, True, None, mask[:, :, :16], 0.1, rule["tile"])
+                    few = 4 if "rows" in rule["max"] else 16
+                    attention_decode.attention_decode(q[:, :few], k, k, True, None, mask[:, :, :few], 0.1, rule["tile"])
         weights = torch.empty(512, 1024, dtype=dtype)
         for kernel in ("few_rows", "few_rows_gated"):
             for rule in rules[kernel]:

@@ -10,7 +10,13 @@ import pytest
 from mhaffn.kernels import tiles
 
 SIZES = {
-    "attention_decode": {"element": (2, 4), "dim": (64, 128, 256), "keys": (1, 1 << 20), "programs": (1, 512)},
+    "attention_decode": {
+        "element": (2, 4),
+        "dim": (64, 128, 256),
+        "rows": (16, 64),
+        "keys": (1, 1 << 20),
+        "programs": (1, 512),
+    },
     "attention_prefill": {"element": (2, 4), "dim": (16, 64, 128, 256)},
     "few_rows": {"element": (2, 4), "rows": (16, 64), "per_processor": (1, 1000)},
     "few_rows_gated": {"element": (2, 4), "rows": (16, 64), "per_processor": (1, 1000)},
