@@ -98,6 +98,18 @@ def test_cancel_ends_a_request(reader: Reader, arena: PinnedArena, tmp_path: Pat
             request.wait(30)
 
 
+def test_a_cancelled_request_does_not_hold_up_the_next(reader: Reader, arena: PinnedArena, tmp_path: Path) -> None:
+    make_file(tmp_path / "file", MIB)
+    extent = Extent(str(tmp_path / "file"), 0, MIB)
+    with arena.lease(MIB) as slot:
+        for _ in range(200):
+            cancelled = reader.submit([extent], slot)
+            cancelled.cancel()
+            with suppress(ReadCancelledError):
+                cancelled.wait(5)
+            reader.submit([extent], slot).wait(5)
+
+
 def test_a_closed_reader_takes_nothing(reader: Reader, arena: PinnedArena) -> None:
     reader.close()
     with arena.lease(4096) as slot, pytest.raises(ReadCancelledError, match="closed"):

@@ -144,6 +144,37 @@ void test_close_in_flight(EngineKind engine, bool call_close) {
   for (size_t i = 0; i < arena->nbytes(); ++i) CHECK(arena->address()[i] == 0x5A);
 }
 
+class Log : public FallbackLog {
+ public:
+  explicit Log(bool allows) : allows_(allows) {}
+  bool allow(const std::string& reason) override {
+    reasons.push_back(reason);
+    return allows_;
+  }
+  std::vector<std::string> reasons;
+
+ private:
+  const bool allows_;
+};
+
+// A file system that takes O_DIRECT and then refuses the read: the file goes on buffered, in the same descriptor.
+void test_a_refused_direct_read_goes_on_buffered() {
+  const auto log = std::make_shared<Log>(true), strict = std::make_shared<Log>(false);
+  const auto file = File::open(path, Direct::kAuto, log);
+  if (!file->direct()) {
+    std::printf("  skipped: no O_DIRECT here (%s)\n", log->reasons.at(0).c_str());
+    return;
+  }
+  char unaligned[3];
+  CHECK(pread(file->fd(), unaligned + 1, 1, 1) == -1 && errno == EINVAL);
+  CHECK(file->fall_back(EINVAL));
+  CHECK(!file->direct() && file->resume_align() == 1 && file->drops_cache());
+  CHECK(log->reasons.size() == 1 && log->reasons[0].find("EINVAL") != std::string::npos);
+  CHECK(pread(file->fd(), unaligned + 1, 1, 1) == 1 && unaligned[1] == byte_at(1));
+  CHECK(!File::open(path, Direct::kAuto, strict)->fall_back(EINVAL));
+  CHECK(!File::open(path, Direct::kOn, log)->fall_back(EINVAL));
+}
+
 // A read that hangs in the kernel: its memory faults, and nobody answers the fault.
 class Hang {
  public:
@@ -222,6 +253,7 @@ int main(int argc, char** argv) {
     }
     std::printf("reader_test: %s ok\n", name);
   }
+  test_a_refused_direct_read_goes_on_buffered();
   test_what_cannot_be_drained_is_leaked();
   unlink(path.c_str());
   std::printf("reader_test: ok\n");
