@@ -91,12 +91,10 @@ def shipped(arch: str, dtypes: list[torch.dtype]):
     for dtype in dtypes:
         size = dtype.itemsize
         for kernel in ("attention_prefill", "attention_decode"):
-            done = 0
             for rule in rules[kernel]:
                 dim = rule["max"]["dim"]
-                if size > rule["max"].get("element", 4) or dim < done:
+                if rule["max"].get("element", 4) != size:  # rules for two bytes come first: no other is reached
                     continue
-                done = dim
                 q, k = torch.empty(2, 512, 8, dim, dtype=dtype), torch.empty(2, 512, 2, dim, dtype=dtype)
                 lens, mask = torch.empty(2, dtype=torch.int32), torch.empty(2, 1, 512, 512, dtype=torch.bool)
                 if kernel == "attention_prefill":
