@@ -173,6 +173,7 @@ class DeviceThread {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!poked_ && ring_) ring_->wake();
     poked_ = true;
+    change_.notify_all();
   }
 
   void stop() {
@@ -277,6 +278,7 @@ class DeviceThread {
       {
         std::unique_lock<std::mutex> lock(mutex_);
         info_.detail = failure.message;
+        change_.wait(lock, [&] { return stopping_ || !jobs_.empty(); });
         poked_ = false;
         jobs.swap(jobs_);
         if (jobs.empty() && stopping_) return;
@@ -285,7 +287,6 @@ class DeviceThread {
         job->failed(failure);
         job->drained(monotonic_s());
       }
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
   }
 
@@ -296,6 +297,7 @@ class DeviceThread {
   const EngineKind engine_;
   RingSetup setup_;
   mutable std::mutex mutex_;
+  std::condition_variable change_;  // for when there is no ring to wake
   std::vector<std::shared_ptr<Job>> jobs_;
   WakeableRing* ring_ = nullptr;
   bool poked_ = false;

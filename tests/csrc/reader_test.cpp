@@ -157,6 +157,17 @@ class Log : public FallbackLog {
   const bool allows_;
 };
 
+// Faulting in ends when its time is up; the rest follows when it is used.
+void test_prefault_is_bounded_in_time() {
+  ArenaOptions options;
+  options.nbytes = 8 << 20;
+  options.cuda = UseCuda::kNo;
+  options.prefault_limit_s = 0.0;
+  const auto arena = Arena::create(options);
+  CHECK(!arena->info().prefaulted);
+  memset(arena->address(), 1, arena->nbytes());
+}
+
 // A file system that takes O_DIRECT and then refuses the read: the file goes on buffered, in the same descriptor.
 void test_a_refused_direct_read_goes_on_buffered() {
   const auto log = std::make_shared<Log>(true), strict = std::make_shared<Log>(false);
@@ -253,6 +264,7 @@ int main(int argc, char** argv) {
     }
     std::printf("reader_test: %s ok\n", name);
   }
+  test_prefault_is_bounded_in_time();
   test_a_refused_direct_read_goes_on_buffered();
   test_what_cannot_be_drained_is_leaked();
   unlink(path.c_str());
