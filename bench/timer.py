@@ -68,7 +68,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "versions": {name: installed(name) for name in names},
-        "commit": commit or None,
+        "commit": commit if len(commit) == 40 else None,
     }
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import tiles
-from .prefetch import prefetch_rows, rows_aligned
 
 LOG2E = 1.4426950408889634
 
@@ -32,21 +31,16 @@ def split_kernel(
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, m_b, m_h, m_t, m_s, o_b, o_t, o_h,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_LENS: tl.constexpr, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
-    STAGES: tl.constexpr, PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys for one tile of rows of one key head."""
+    if OVERLAP:
+        gdc_wait()
     split = tl.program_id(0)
     first_row = tl.program_id(1) * BLOCK_M
     head_index = tl.program_id(2)
     batch = (head_index // H).to(tl.int64)
     head = (head_index % H).to(tl.int64)
-    if PREFETCH:
-        ahead = tl.minimum(split * tl.cdiv(tl.cdiv(S, splits), 16) * 16 + tl.arange(0, BLOCK_N), S - 1).to(tl.int64)
-        size = tl.full((BLOCK_N,), K * p_k.dtype.element_ty.primitive_bitwidth // 8, tl.int32)
-        prefetch_rows(p_k + batch * k_b + head * k_h + ahead * k_s, size)
-        prefetch_rows(p_v + batch * v_b + head * v_h + ahead * v_s, size)
-    if OVERLAP:
-        gdc_wait()
 
     length = S
     if HAS_LENS:
@@ -60,8 +54,7 @@ def split_kernel(
     o_q = batch * q_b + token.to(tl.int64)[:, None] * q_t + query_head[:, None] * q_h + dim[None, :]
     b_q = tl.load(p_q + o_q, mask=m_row[:, None] & m_dim[None, :], other=0.0)
 
-    # Not whole tiles, so that splits are equally long; multiples of 16, so that a mask is read 16 bytes at a time.
-    per_split = tl.cdiv(tl.cdiv(length, splits), 16) * 16
+    per_split = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
     start = split * per_split
     end = tl.minimum(start + per_split, length)
     last = length - T + token  # the last key a row may see
@@ -181,8 +174,6 @@ def attention_decode(
         partial = torch.empty((splits, b * h, rows, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((splits, b * h, rows), dtype=torch.float32, device=q.device)
     wide_mask = None if mask is None else mask.expand(b, hq, t, s)
-    # With lengths on the device, which rows come first is not known before the kernel may read.
-    prefetch = machine.overlap and kv_lens is None and rows_aligned(k) and rows_aligned(v)
     extra = {"launch_pdl": True} if machine.overlap else {}
     split_kernel[(splits, row_tiles, b * h)](
         q, k, v, wide_mask if wide_mask is None else wide_mask.view(torch.uint8), kv_lens, partial, lse,
@@ -191,7 +182,7 @@ def attention_decode(
         *(wide_mask.stride() if wide_mask is not None else (0, 0, 0, 0)), *out.stride()[:3],
         K=dim, BLOCK_K=block_k, BLOCK_M=block_m, BLOCK_N=tile["BLOCK_N"],
         CAUSAL=causal and t > 1, HAS_LENS=kv_lens is not None, HAS_MASK=mask is not None, SPLIT=splits > 1,
-        OVERLAP=machine.overlap, STAGES=tile["STAGES"], PREFETCH=prefetch, num_warps=tile["WARPS"], **extra,
+        OVERLAP=machine.overlap, STAGES=tile["STAGES"], num_warps=tile["WARPS"], **extra,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(rows, b * h)](

@@ -25,7 +25,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
-from .prefetch import prefetch_rows, rows_aligned
 
 FEW_ROWS_MAX = 64
 
@@ -34,21 +33,14 @@ FEW_ROWS_MAX = 64
 def few_rows_kernel(
     p_x, p_a, p_b, p_out, M, ROWS, D, x_m,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAP: tl.constexpr, PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[m, r] = a[r] · x[m], or silu of that times b[r] · x[m]; a and b [ROWS, D]."""
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    m = tl.arange(0, BLOCK_M)
-    row = tl.minimum(r, ROWS - 1).to(tl.int64)  # the last tile rereads a row instead of masking
-    o_row = row[:, None] * D
-    if PREFETCH:
-        bytes_ahead = tl.minimum(BLOCK_D * STAGES, D) * (p_a.dtype.element_ty.primitive_bitwidth // 8)
-        size = tl.zeros((BLOCK_R,), tl.int32) + bytes_ahead
-        prefetch_rows(p_a + row * D, size)
-        if GATED:
-            prefetch_rows(p_b + row * D, size)
     if OVERLAP:
         gdc_wait()
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m = tl.arange(0, BLOCK_M)
+    o_row = tl.minimum(r, ROWS - 1).to(tl.int64)[:, None] * D  # the last tile rereads a row instead of masking
     m_x = (m < M)[None, :]
     gate = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
@@ -125,7 +117,6 @@ def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = N
         x, a, a if b is None else b, out, m, rows, width, x.stride(0),
         BLOCK_M=block_m, BLOCK_R=tile["BLOCK_R"], BLOCK_D=tile["BLOCK_D"], GATED=b is not None,
         EVEN=width % tile["BLOCK_D"] == 0, STAGES=tile["STAGES"], OVERLAP=machine.overlap,
-        PREFETCH=machine.overlap and rows_aligned(a) and (b is None or rows_aligned(b)),
         num_warps=tile["WARPS"], **({"launch_pdl": True} if machine.overlap else {}),
     )  # fmt: skip
     return out
