@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 import mhaffn
-from mhaffn.errors import MhaffnError
+from mhaffn.errors import ConfigError, MhaffnError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -140,6 +141,52 @@ def pack(
 
         store = write_store(source, target, dtype=dtype, progress=show)
     console.print(f"packed {len(store.sublayers)} sublayers in {store.dtype} into {target}", highlight=False)
+
+
+@app.command()
+def plan(
+    model: Annotated[str | None, typer.Argument(help="A model folder or hub id; only its config.json is read.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Analyse a JSON file of times measured by sublayer instead.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="GPU memory, e.g. 16GiB.")] = "16GiB",
+    dram: Annotated[str, typer.Option(help="Host memory for weights, e.g. 48GiB.")] = "32GiB",
+    ssd: Annotated[str, typer.Option(help="SSD speed a second, e.g. 5GB.")] = "5GB",
+    h2d: Annotated[str, typer.Option(help="Host-to-GPU speed a second: PCIe 4 x16 25GB, PCIe 5 x16 50GB.")] = "25GB",
+    hbm: Annotated[str, typer.Option(help="GPU memory speed a second.")] = "900GB",
+    tflops: Annotated[float, typer.Option(min=0.1, help="bf16 TFLOP/s the GPU reaches.")] = 100.0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 2048,
+    context: Annotated[int, typer.Option(min=1, help="Positions in the KV cache.")] = 4096,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Predict seconds a pass on a machine, before any weights are there, and what would help most.
+
+    mhaffn plan meta-llama/Llama-3.1-70B-Instruct --gpu 16GiB --dram 64GiB --ssd 4.7GB --h2d 44GB
+    """
+    from mhaffn import planning
+    from mhaffn.config import ModelConfig, parse_bytes
+    from mhaffn.measured import Measured, analyse, outlook
+    from mhaffn.plan import Workload
+    from mhaffn.store import resolve
+
+    if (model is None) == (measured is None):
+        raise ConfigError("give a MODEL, or --measured FILE")
+    if measured is not None:
+        figures = Measured.read(measured)
+        found = outlook(figures)
+        shown = planning.analysis(figures, analyse(figures), found)
+    else:
+        config = ModelConfig.from_folder(resolve(str(model)))
+        speeds = {name: float(parse_bytes(speed)) for name, speed in (("ssd", ssd), ("h2d", h2d), ("hbm", hbm))}
+        if not all(speeds.values()):
+            raise ConfigError("got a speed of 0, expected bytes a second, as in --ssd 5GB")
+        hardware = planning.Hardware(**speeds, flops=tflops * 1e12)
+        work = Workload(tokens=prompt_tokens, context=max(context, prompt_tokens))
+        machine = planning.machine_by_hand(config, hardware, parse_bytes(gpu) or None, parse_bytes(dram) or None, work)
+        found, shown = planning.plan_for(config, machine)
+    Console().print(shown)
+    if json_file is not None:
+        json_file.write_text(json.dumps(planning.to_dict(found), indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()

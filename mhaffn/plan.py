@@ -6,12 +6,14 @@ is left stays on SSD, spread evenly over the pass so that the SSD never idles wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from mhaffn.config import ModelConfig, Sublayer, format_bytes, order
-from mhaffn.errors import BudgetError
+from mhaffn.config import Kind, ModelConfig, Sublayer, format_bytes, order
+from mhaffn.errors import BudgetError, ConfigError
+from mhaffn.ring import ByteRing
 
 Tier = Literal["gpu", "dram", "ssd"]
 TIERS: tuple[Tier, ...] = ("gpu", "dram", "ssd")
@@ -77,10 +79,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of each sublayer: its weights alone, and at most what they take as an image in memory."""
+    """Bytes of each sublayer: its weights alone, and at most what they take as an image in memory.
+
+    ``bits`` gives the bits a matrix element takes, scales included, by kind; by default those of ``dtype``.
+    """
 
     config: ModelConfig
     dtype: str
+    bits: Mapping[Kind, float] = field(default_factory=dict)
 
     def weights(self, sublayer: Sublayer) -> int:
         return sum(self._tensors(sublayer))
@@ -104,7 +110,9 @@ class Sizes:
         return work.batch * (work.tokens * widths * ITEMSIZE[self.dtype] + c.vocab_size * 4 * 4)
 
     def _tensors(self, sublayer: Sublayer) -> list[int]:
-        return [self._nbytes(shape) for shape in self.config.sublayer_shapes(sublayer.kind).values()]
+        share = self.bits.get(sublayer.kind, 8 * ITEMSIZE[self.dtype]) / (8 * ITEMSIZE[self.dtype])
+        shapes = self.config.sublayer_shapes(sublayer.kind).values()
+        return [round(self._nbytes(shape) * (share if len(shape) > 1 else 1)) for shape in shapes]
 
     def _nbytes(self, shape: Iterable[int]) -> int:
         nbytes = ITEMSIZE[self.dtype]
@@ -123,39 +131,62 @@ def make_plan(
     work: Workload | None = None,
     tiers: Mapping[Sublayer, Tier] | None = None,
     prefetch: int = PREFETCH,
+    bits: Mapping[Kind, float] | None = None,
 ) -> Plan:
     """Decides the tiers within the budgets ``gpu`` and ``dram`` (bytes; None: everything streams from SSD).
 
     ``copies`` says whether the device has memory of its own, so that streamed sublayers are copied to
     it; without, there is no GPU tier, and ``gpu`` must be None. ``tiers`` fixes the placement instead.
+    ``bits`` is that of :class:`Sizes`.
 
     Raises :class:`BudgetError`, naming the minimum, when a budget cannot hold what must be there.
     """
+    if prefetch < 1:
+        raise ConfigError(f"got prefetch = {prefetch}, expected at least 1")
     work = work or Workload()
-    sizes = Sizes(config, dtype)
-    sublayers = list(order(config.num_layers))
+    sizes = Sizes(config, dtype, bits or {})
+    images = {sublayer: sizes.image(sublayer) for sublayer in order(config.num_layers)}
     fixed = sizes.resident() + sizes.kv_cache(work) + sizes.activations(work) + (LIBRARY_BYTES if copies else 0)
-    images = {sublayer: sizes.image(sublayer) for sublayer in sublayers}
-    ring = _ring_bytes(list(images.values()), prefetch)
-    least = _ring_bytes(list(images.values()), 1)
-    if dram is not None and dram < ring:
-        ring = least
-    placed = dict(tiers) if tiers is not None else _place(images, gpu, dram, fixed, ring, least, copies)
-    on = {tier: [s for s in sublayers if placed[s] == tier] for tier in TIERS}
-    staging = ring if on["ssd"] else 0
-    slots = least if copies and (on["ssd"] or on["dram"]) else 0
-    plan = Plan(
-        tiers={s: placed[s] for s in sublayers},
-        prefetch=prefetch if ring > least else 1,
-        staging_bytes=staging,
-        slot_bytes=slots,
-        gpu_tier_bytes=sum(images[s] for s in on["gpu"]),
-        dram_tier_bytes=sum(images[s] for s in on["dram"]),
-        fixed_bytes=fixed,
-    )
-    _check("--gpu", gpu if copies else None, plan.gpu_bytes, fixed + slots if tiers is None else plan.gpu_bytes)
-    _check("--dram", dram, plan.dram_bytes, staging if tiers is None else plan.dram_bytes)
+    if not copies:
+        gpu = None
+    for depth in sorted({prefetch, 1}, reverse=True):  # a shorter prefetch where budgets hold no longer one
+        plan = _fit(images, gpu, dram, fixed, depth, copies, tiers)
+        if (gpu is None or plan.gpu_bytes <= gpu) and (dram is None or plan.dram_bytes <= dram):
+            return plan
+    by_hand = tiers is not None
+    _check("--gpu", gpu, plan.gpu_bytes, plan.gpu_bytes if by_hand else fixed + plan.slot_bytes)
+    _check("--dram", dram, plan.dram_bytes, plan.dram_bytes if by_hand else plan.staging_bytes)
     return plan
+
+
+def _fit(
+    images: Mapping[Sublayer, int],
+    gpu: int | None,
+    dram: int | None,
+    fixed: int,
+    depth: int,
+    copies: bool,
+    tiers: Mapping[Sublayer, Tier] | None,
+) -> Plan:
+    """The plan with rings for ``depth``. Rings depend on what streams, and what fits on the rings: so again
+    with larger reserves until they do."""
+    staging = slots = _ring_bytes(list(images.values()), depth)
+    while True:
+        placed = dict(tiers) if tiers is not None else _place(images, gpu, dram, fixed, staging, slots, copies)
+        on = {tier: [nbytes for s, nbytes in images.items() if placed[s] == tier] for tier in TIERS}
+        streamed = [nbytes for s, nbytes in images.items() if placed[s] != "gpu"]
+        plan = Plan(
+            tiers={s: placed[s] for s in images},
+            prefetch=depth,
+            staging_bytes=_ring_bytes(on["ssd"], depth),
+            slot_bytes=_ring_bytes(streamed, depth) if copies else 0,
+            gpu_tier_bytes=sum(on["gpu"]),
+            dram_tier_bytes=sum(on["dram"]),
+            fixed_bytes=fixed,
+        )
+        if plan.staging_bytes <= staging and plan.slot_bytes <= slots:
+            return plan
+        staging, slots = max(staging, plan.staging_bytes), max(slots, plan.slot_bytes)
 
 
 def _place(
@@ -188,16 +219,42 @@ def _spread(sublayers: list[Sublayer]) -> list[Sublayer]:
     return sorted(sublayers, key=lambda s: sublayers.index(s) * golden % 1.0)
 
 
-def _ring_bytes(images: list[int], prefetch: int) -> int:
-    """A ring that holds the sublayer in use and ``prefetch`` more, wherever the cycle stands.
+def _ring_bytes(cycle: list[int], depth: int) -> int:
+    """The least ring in which the sublayer in use and ``depth`` more always fit, wherever the cycle stands.
 
-    One image more pays for the end of the ring, where the next image may not fit. Small models get at
-    least :data:`STAGING_BYTES` when they prefetch, so that the SSD sees a deep queue.
+    Small models get at least :data:`STAGING_BYTES` when they prefetch, so that the SSD sees a deep queue.
     """
-    n = len(images)
-    window = max(sum(images[(i + j) % n] for j in range(prefetch + 1)) for i in range(n))
-    need = window + max(images)
-    return need if prefetch == 1 else max(need, min(STAGING_BYTES, sum(images) + max(images)))
+    if not cycle:
+        return 0
+    runs = [[sum(_repeated(cycle, i, length)) for i in range(len(cycle))] for length in range(depth + 1, depth + 4)]
+    window = max(runs[0])
+    always = window + max(cycle)  # the end of the ring, where the next image may not fit, costs one image at most
+    if depth > 1 and always <= STAGING_BYTES:
+        return max(always, min(STAGING_BYTES, sum(cycle) + max(cycle)))
+    candidates = sorted({total for lengths in runs for total in lengths if window <= total < always})
+    return next((total for total in candidates if _holds(total, cycle, depth)), always)
+
+
+def _repeated(cycle: list[int], start: int, length: int) -> Iterable[int]:
+    return (cycle[(start + j) % len(cycle)] for j in range(length))
+
+
+def _holds(capacity: int, cycle: list[int], depth: int) -> bool:
+    """Whether ``depth`` + 1 images always fit as the cycle turns, until it stands as it once stood."""
+    ring, held, starts = ByteRing(capacity), 0, Counter[int]()
+    while True:
+        for number, nbytes in enumerate(cycle):
+            if held > depth:
+                ring.free()
+                held -= 1
+            offset = ring.take(nbytes)
+            if offset is None:
+                return False
+            held += 1
+            if number == 0:  # where a turn starts decides all its places
+                starts[offset] += 1
+                if starts[offset] > depth + 2:
+                    return True
 
 
 def _check(option: str, budget: int | None, need: int, least: int) -> None:

@@ -25,6 +25,7 @@ from mhaffn.device import CudaDevice, Event, HostDevice
 from mhaffn.errors import ReadError, StreamError
 from mhaffn.image import Image, Segment, Weights
 from mhaffn.plan import Plan
+from mhaffn.ring import ByteRing
 
 if TYPE_CHECKING:
     from mhaffn.memory import Residents
@@ -33,37 +34,6 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 16 << 20
 STOP_S = 30.0
-
-
-class ByteRing:
-    """Places in a ring of ``capacity`` bytes, taken and freed first in, first out."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._places: deque[tuple[int, int]] = deque()
-
-    def take(self, nbytes: int) -> int | None:
-        """The offset of ``nbytes`` contiguous bytes, or None while there is no room for them."""
-        if not self._places:
-            offset = 0 if nbytes <= self.capacity else None
-        else:
-            first, (last, last_bytes) = self._places[0][0], self._places[-1]
-            end = last + last_bytes
-            wrapped = last < first
-            if end + nbytes <= (first if wrapped else self.capacity):
-                offset = end
-            else:
-                offset = 0 if not wrapped and nbytes <= first else None
-        if offset is not None:
-            self._places.append((offset, nbytes))
-        return offset
-
-    def free(self) -> None:
-        """Gives back the oldest place."""
-        self._places.popleft()
-
-    def clear(self) -> None:
-        self._places.clear()
 
 
 @dataclass

@@ -172,3 +172,30 @@ def test_an_unwritable_cache_is_named(tmp_path: Path, here: Here) -> None:
     blocked.write_text("")
     code, _, err = here("demo", "--cache", blocked / "cache")
     assert code == 2 and "cannot be written" in err and "--cache" in err
+
+
+def test_plan_needs_only_a_config(tmp_path: Path, here: Here) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = here("plan", tmp_path, "--dram", "64GiB", "--json", tmp_path / "plan.json")
+    assert code == 0, err
+    assert "bound by SSD" in out and "FFN in int4" in out
+    first = json.loads((tmp_path / "plan.json").read_text())[0]
+    assert first["gpu_bytes"] <= 16 << 30 and first["dram_bytes"] <= 64 << 30
+    decode = first["passes"]["decode"]
+    assert decode["seconds"] >= decode["bound_s"] * 0.999 > 5
+    code, _, err = here("plan", tmp_path, "--gpu", "4GiB")
+    assert code == 2 and "needs at least" in err
+    code, _, err = here("plan")
+    assert code == 2 and "MODEL, or --measured" in err
+
+
+def test_plan_of_measured_figures(here: Here) -> None:
+    code, out, _ = here("plan", "--measured", Path(__file__).parent / "data" / "seed.json")
+    assert code == 0
+    for piece in ("391.88", "294.97", "1.33×", "193.24", "213.52", "1.01×", "104", "91", "F 28672"):
+        assert piece in out

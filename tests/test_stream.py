@@ -22,8 +22,8 @@ from mhaffn.config import Sublayer, order
 from mhaffn.device import HostDevice
 from mhaffn.errors import BudgetError, ChecksumError, EngineUnavailableError, ReadError, StreamError, TruncatedFileError
 from mhaffn.plan import TIERS, Tier, make_plan
+from mhaffn.ring import ByteRing
 from mhaffn.store import Store, pack
-from mhaffn.stream import ByteRing
 from tests.conftest import Model
 
 

@@ -1,0 +1,126 @@
+"""What ``mhaffn plan`` prints: placement, predicted passes, and what each change would bring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer
+from mhaffn.forecast import PHASES, Forecast, Machine, changes
+from mhaffn.measured import Layer, Measured
+from mhaffn.plan import TIERS, Sizes, Workload
+from mhaffn.simulate import Links
+from mhaffn.trace import Phase
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine given by hand: bytes a second of SSD, link and GPU memory; floating-point operations a second."""
+
+    ssd: float
+    h2d: float
+    hbm: float
+    flops: float
+
+
+def machine_by_hand(
+    config: ModelConfig, hardware: Hardware, gpu: int | None, dram: int | None, work: Workload
+) -> Machine:
+    """Compute by the roofline: decode reads each weight once, prefill multiplies each once a token."""
+    sizes = Sizes(config, "bfloat16")
+    nbytes: dict[Kind, float] = {kind: sizes.weights(Sublayer(0, kind)) for kind in KINDS}
+    compute: dict[Phase, Mapping[Kind, float]] = {
+        "prefill": {
+            kind: max(nbytes[kind] * work.tokens / hardware.flops, nbytes[kind] / hardware.hbm) for kind in KINDS
+        },
+        "decode": {kind: nbytes[kind] / hardware.hbm for kind in KINDS},
+    }
+    return Machine(Links(hardware.ssd, hardware.h2d), compute, gpu, dram, work)
+
+
+def plan_for(config: ModelConfig, machine: Machine) -> tuple[list[Forecast], RenderableType]:
+    """The machine as it is and each change alone, with the table for people."""
+    found = changes(config, machine)
+    base = found[0]
+    lines: list[RenderableType] = [Text(base.plan.describe()), _forecast_table(found, "one pass, predicted")]
+    for phase in PHASES:
+        now = base.passes[phase]
+        best = min(found[1:], key=lambda other: other.passes[phase].seconds)
+        gain = now.seconds / best.passes[phase].seconds
+        advice = f"{best.name}: {gain:.2f}× faster" if gain > 1.02 else "nothing in this table helps much"
+        lines.append(Text(f"{phase}: bound by {now.binding}; most help: {advice}"))
+    lines.append(Text("A pass over several drafted tokens costs about as much as a pass over one."))
+    return found, Group(*lines)
+
+
+def _forecast_table(found: Sequence[Forecast], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("", "GPU/DRAM/SSD"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("off GPU", justify="right", no_wrap=True)
+    for phase in PHASES:
+        table.add_column(f"{phase} s", justify="right", no_wrap=True)
+        table.add_column("by", no_wrap=True)
+    for item in found:
+        tiers = "/".join(str(item.plan.count(tier)) for tier in TIERS)
+        cells = [item.name, tiers, f"{item.off_device_bytes / 2**30:.1f} GiB"]
+        for phase in PHASES:
+            cells += [f"{item.passes[phase].seconds:.2f}", item.passes[phase].binding]
+        table.add_row(*cells)
+    return table
+
+
+def analysis(measured: Measured, layers: Mapping[Phase, Layer], steps: Sequence[Forecast]) -> RenderableType:
+    """The derived figures of measured sublayers, the cross-layer bound, and the outlook for the whole model."""
+    parts: list[RenderableType] = [Text(measured.name, style="bold")]
+    for phase, layer in layers.items():
+        table = Table(title=f"{phase}, one layer, ms", title_justify="left")
+        for column in ("", "compute", "share", "I/O", "bound", "wait", "prefetch layers"):
+            table.add_column(column, justify="right")
+        for kind in KINDS:
+            table.add_row(
+                kind.upper(), f"{layer.compute_ms[kind]:.2f}", f"{layer.compute_share(kind):.1%}",
+                f"{layer.io_ms[kind]:.2f}", f"{layer.sublayer_bound_ms(kind):.2f}", f"{layer.wait_ms(kind):.2f}",
+                str(layer.prefetch_layers(kind)),
+            )  # fmt: skip
+        parts += [
+            table,
+            Text(
+                f"  serial {layer.serial_ms:.2f}; sum of maxima {layer.ideal_ms:.2f} ({layer.ideal_speedup:.2f}×); "
+                f"bound {layer.bound_ms:.2f} ({layer.bound_speedup:.2f}×)\n"
+            ),
+        ]
+    parts.append(_forecast_table(steps, f"{measured.config.num_layers} layers, one pass, each step on top of the last"))
+    if measured.published_intermediate_size:
+        parts.append(
+            Text(
+                f"measured with F {measured.config.intermediate_size}; the published model has "
+                f"{measured.published_intermediate_size}: both are shown"
+            )
+        )
+    return Group(*parts)
+
+
+def to_dict(found: Sequence[Forecast]) -> list[dict[str, object]]:
+    """The forecasts for JSON: tiers, bytes and seconds."""
+    return [
+        {
+            "name": item.name,
+            "tiers": {sublayer.key: tier for sublayer, tier in item.plan.tiers.items()},
+            "gpu_bytes": item.plan.gpu_bytes,
+            "dram_bytes": item.plan.dram_bytes,
+            "prefetch": item.plan.prefetch,
+            "passes": {
+                phase: {
+                    "seconds": run.seconds, "bound_s": run.bound_s, "binding": run.binding,
+                    "ssd_s": run.ssd_s, "h2d_s": run.h2d_s, "compute_s": run.compute_s,
+                }
+                for phase, run in item.passes.items()
+            },
+        }
+        for item in found
+    ]  # fmt: skip
