@@ -53,7 +53,7 @@ class BuildWithLiburing(build_ext):
             for linkage, libraries in LIBURING_LINKS.items():
                 try:
                     objects = self.compiler.compile([str(source)], output_dir=folder)
-                    self.compiler.link_shared_object(objects, os.path.join(folder, "probe.so"), extra_postargs=libraries)
+                    self.compiler.link_shared_object(objects, str(Path(folder) / "probe.so"), extra_postargs=libraries)
                 except Exception:  # each compiler class has its own error; any failure means "not here"
                     continue
                 return linkage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def write_random_model(folder: Path, shape: str, layers: int | None = None) -> i
         with (folder / name).open("wb") as file:
             file.write(write_header(entries, {"format": "pt", "xxh3_64": digest}, 4096))
             file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
         checksums[key] = digest
         if kind != "resident":
             total += len(payload)
