@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 NATIVE_SOURCES := $(wildcard csrc/*)
 
-.PHONY: help demo test test-full check bench soak clean install system csrc-test csrc-sanitize
+.PHONY: help demo test test-full test-oldest check bench soak clean install system csrc-test csrc-sanitize
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,8 +20,19 @@ demo: install ## pack SmolLM2 and stream it from disk, none of its layers reside
 test: install csrc-test ## everything that needs no GPU, in minutes
 	$(BIN)/python -m pytest
 
-test-full: install csrc-test csrc-sanitize ## long matrices, sanitizers and soaks too
-	$(BIN)/python -m pytest -m "not gpu"
+test-full: install csrc-test csrc-sanitize test-oldest ## long matrices, sanitizers, soaks, the oldest transformers
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+OLDEST := .venv-oldest
+test-oldest: install
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -q -e '.[test]' transformers==5.17.0 -c $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pytest tests/test_hf.py tests/test_stream.py -p no:cacheprovider
+
+soak: install ## ten minutes of reads, watching memory and descriptors
+	$(BIN)/python tests/soak_reader.py --seconds 600
 
 check: install ## ruff, mypy, clang-format
 	$(PIP) install -q -e '.[check]' -c constraints.txt
@@ -44,7 +55,7 @@ install: $(READY)
 $(READY): pyproject.toml setup.py constraints.txt $(NATIVE_SOURCES) | system
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) install -v -e '.[test,bench,demo]' -c constraints.txt > $(VENV)/install.log 2>&1 || (tail -40 $(VENV)/install.log; false)
+	$(PIP) install -v --config-settings editable_mode=compat -e '.[test,bench,demo]' -c constraints.txt > $(VENV)/install.log 2>&1 || (tail -40 $(VENV)/install.log; false)
 	@grep -h '^ *mhaffn: building' $(VENV)/install.log
 	@touch $@
 
@@ -63,4 +74,4 @@ system:
 	  case "$$missing" in *python3*) exit 1;; *) echo "going on without io_uring";; esac; fi
 
 clean: ## remove what installs and builds made
-	rm -rf $(VENV) build dist *.egg-info mhaffn/*.so
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info mhaffn/*.so

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mhaffn.config import parse_bytes
 from mhaffn.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Budget = int | str | None
 """Bytes, text such as "14GiB", "auto" for what is free now, or None for none."""
@@ -22,11 +26,11 @@ def resolve_budget(budget: Budget, free: Callable[[], int]) -> int | None:
     return parse_bytes(budget) or None if budget is not None else None
 
 
-def free_gpu() -> int:
+def free_gpu(device: torch.device) -> int:
     """Bytes of GPU memory to use: what is free, less headroom."""
     import torch
 
-    return int(torch.cuda.mem_get_info()[0] * GPU_HEADROOM)
+    return int(torch.cuda.mem_get_info(device)[0] * GPU_HEADROOM)
 
 
 def free_dram() -> int:

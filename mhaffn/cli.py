@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -45,11 +46,24 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(args=arguments)
-    except MhaffnError as error:
+    except (MhaffnError, OSError) as error:
         if len(arguments) < len(sys.argv) - 1:
             traceback.print_exc()
+        if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
         console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        console.print("interrupted", style="yellow")
+        raise SystemExit(130) from None
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Finds out before long work, not after it, that its result has nowhere to go."""
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: {path.parent} is no folder")
+    return path
 
 
 def _escape(text: str) -> str:
@@ -71,7 +85,9 @@ def _root(
 @app.command()
 def run(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from standard input.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt; - or none: from standard input.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
@@ -79,14 +95,16 @@ def run(
     gpu: GpuOption = "auto",
     dram: DramOption = "auto",
     context: Annotated[
-        int | None, typer.Option(help="Longest sequence; by default prompt and answer of this run.")
+        int | None, typer.Option(min=1, help="Longest sequence; by default prompt and answer of this run.")
     ] = None,
     device: DeviceOption = None,
     engine: EngineOption = "auto",
     direct: DirectOption = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Fail instead of falling back to a slower way.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check a packed store's checksums.")] = True,
-    trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace to this file.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(callback=_writable, help="Write a Chrome/Perfetto trace to this file.")
+    ] = None,
 ) -> None:
     """Generate text; the answer goes to standard output, all else to standard error.
 
@@ -98,12 +116,14 @@ def run(
     """
     from mhaffn.session import Options, generate
 
+    if prompt is None and sys.stdin.isatty():
+        raise ConfigError("got no prompt; give one with -p, or pipe it in")
     options = Options(
         gpu=gpu, dram=dram, context=context, device=device, engine=engine, direct=direct, strict=strict, verify=verify
     )
     finished = generate(
         model,
-        sys.stdin.read() if prompt == "-" else prompt,
+        sys.stdin.read() if prompt in (None, "-") else prompt,
         options,
         raw=raw,
         max_new_tokens=max_new_tokens,
@@ -157,7 +177,9 @@ def plan(
     tflops: Annotated[float, typer.Option(min=0.1, help="bf16 TFLOP/s the GPU reaches.")] = 100.0,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 2048,
     context: Annotated[int, typer.Option(min=1, help="Positions in the KV cache.")] = 4096,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=_writable, help="Write all figures to this file.")
+    ] = None,
 ) -> None:
     """Predict seconds a pass on a machine, before any weights are there, and what would help most.
 
@@ -178,8 +200,11 @@ def plan(
     else:
         config = ModelConfig.from_folder(resolve(str(model)))
         speeds = {name: float(parse_bytes(speed)) for name, speed in (("ssd", ssd), ("h2d", h2d), ("hbm", hbm))}
-        if not all(speeds.values()):
-            raise ConfigError("got a speed of 0, expected bytes a second, as in --ssd 5GB")
+        for name, speed in speeds.items():
+            if speed < 1e6:
+                raise ConfigError(
+                    f"got --{name} of {speed:.0f} bytes a second, expected a speed with its unit, as in 5GB"
+                )
         hardware = planning.Hardware(**speeds, flops=tflops * 1e12)
         work = Workload(tokens=prompt_tokens, context=max(context, prompt_tokens))
         machine = planning.machine_by_hand(config, hardware, parse_bytes(gpu) or None, parse_bytes(dram) or None, work)
@@ -225,7 +250,9 @@ def demo(
         Path | None, typer.Option(help="Where the model is kept; by default mhaffn in the user's cache folder.")
     ] = None,
     device: DeviceOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=_writable, help="Write the figures to this file too.")
+    ] = None,
 ) -> None:
     """Stream a real model: SmolLM2-135M-Instruct from disk, none of its layers resident.
 

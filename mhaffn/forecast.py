@@ -36,7 +36,13 @@ class Forecast:
     name: str
     plan: Plan
     off_device_bytes: int
+    bits: Mapping[Kind, float]
     passes: Mapping[Phase, Prediction]
+
+    @property
+    def available(self) -> bool:
+        """Whether mhaffn can run this today: narrow weights are planned."""
+        return not self.bits
 
 
 def forecast(name: str, config: ModelConfig, machine: Machine, bits: Mapping[Kind, float] | None = None) -> Forecast:
@@ -54,7 +60,7 @@ def forecast(name: str, config: ModelConfig, machine: Machine, bits: Mapping[Kin
         )
         for phase in PHASES
     }
-    return Forecast(name, plan, sum(sizes.weights(s) for s in plan.streamed()), passes)
+    return Forecast(name, plan, sum(sizes.weights(s) for s in plan.streamed()), bits or {}, passes)
 
 
 def changes(config: ModelConfig, machine: Machine) -> list[Forecast]:

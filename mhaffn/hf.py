@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -19,7 +20,7 @@ from mhaffn.config import ModelConfig, Sublayer
 from mhaffn.device import choose_device
 from mhaffn.errors import ConfigError
 from mhaffn.modules import Context
-from mhaffn.plan import Tier, Workload, make_plan
+from mhaffn.plan import Sizes, Tier, Workload, make_plan
 from mhaffn.runner import Direct, Engine, Runner
 from mhaffn.store import Store, resolve
 
@@ -115,6 +116,12 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
         """Never: a captured CUDA graph would read places in memory where other sublayers lie by then."""
         return False
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the weights are on disk already, and not in this model."""
+        raise ConfigError(
+            f"a streamed model holds no weights to save; copy {self.runner.store.path}, or `mhaffn pack` it"
+        )
+
     def close(self) -> None:
         """Ends all transfers and frees all weights; may be called more than once."""
         self._finalizer()
@@ -164,25 +171,43 @@ def load(
     context = _context_length(store.config, context)
     device = choose_device(device)
     copies = device.type == "cuda"
-    if not copies and gpu not in ("auto", None, 0):
+    work = Workload(tokens=min(tokens or context, context), context=context)
+    sizes = Sizes(store.config, store.dtype)
+    if not copies and gpu != "auto" and resolve_budget(gpu, lambda: 0):
         raise ConfigError(f"got gpu = {gpu!r}, but the device is the CPU; give dram instead, or a CUDA device")
     plan = make_plan(
         store.config,
         store.dtype,
-        gpu=resolve_budget(gpu, free_gpu) if copies else None,
-        dram=resolve_budget(dram, free_dram),
+        gpu=resolve_budget(gpu, partial(free_gpu, device)) if copies else None,
+        dram=resolve_budget(dram, lambda: max(free_dram() - (0 if copies else sizes.fixed(work)), 0)),
         copies=copies,
-        work=Workload(tokens=min(tokens or context, context), context=context),
+        work=work,
         tiers=tiers,
     )
-    config = AutoConfig.from_pretrained(folder)
+    config, generation_config = _transformers_configs(folder)
     runner = Runner(
         store, plan, device=device, engine=engine, direct=direct, strict=strict, verify=verify, progress=progress
     )
     loaded = StreamedLlama(config, runner, context)
-    if (folder / "generation_config.json").exists():
-        loaded.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation_config is not None:
+        loaded.generation_config = generation_config
     return loaded
+
+
+def _transformers_configs(folder: Path) -> tuple[PreTrainedConfig, GenerationConfig | None]:
+    """What ``generate()`` needs of the folder; raises :class:`ConfigError` where transformers cannot read it."""
+    path = folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        path = folder / "generation_config.json"
+        generation_config = GenerationConfig.from_pretrained(folder) if path.exists() else None
+    except Exception as error:  # transformers and its validators raise many kinds
+        raise ConfigError(f"{path}: transformers cannot read it: {error}. Fetch the file again.") from error
+    stops = generation_config.eos_token_id if generation_config is not None else None
+    for stop in stops if isinstance(stops, list) else [stops]:
+        if stop is not None and (isinstance(stop, bool) or not isinstance(stop, int)):
+            raise ConfigError(f"{path}: got eos_token_id = {stops!r}, expected a whole number or a list of them")
+    return config, generation_config
 
 
 def _context_length(config: ModelConfig, context: int | None) -> int:

@@ -18,11 +18,16 @@ from mhaffn.ring import ByteRing
 Tier = Literal["gpu", "dram", "ssd"]
 TIERS: tuple[Tier, ...] = ("gpu", "dram", "ssd")
 PAGE = 4096
+HUGE_PAGE = 2 << 20
 DEVICE_ALIGN = 256
 STAGING_BYTES = 64 << 20
 PREFETCH = 2
 LIBRARY_BYTES = 512 << 20
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def _huge_pages(nbytes: int) -> int:
+    return -(-nbytes // HUGE_PAGE) * HUGE_PAGE
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ class Plan:
 
     @property
     def dram_bytes(self) -> int:
-        """All pinned host memory the plan uses."""
-        return self.staging_bytes + self.dram_tier_bytes
+        """All pinned host memory the plan uses; it is mapped in huge pages."""
+        return _huge_pages(self.staging_bytes) + _huge_pages(self.dram_tier_bytes)
 
     def streamed(self, tier: Tier | None = None) -> list[Sublayer]:
         """Sublayers off the device, in pass order; of one tier if given."""
@@ -109,6 +114,10 @@ class Sizes:
         widths = 6 * c.hidden_size + 3 * c.intermediate_size + 4 * c.num_heads * c.head_dim
         return work.batch * (work.tokens * widths * ITEMSIZE[self.dtype] + c.vocab_size * 4 * 4)
 
+    def fixed(self, work: Workload) -> int:
+        """What every plan holds besides sublayers: embedding, norm, head, KV cache, activations."""
+        return self.resident() + self.kv_cache(work) + self.activations(work)
+
     def _tensors(self, sublayer: Sublayer) -> list[int]:
         share = self.bits.get(sublayer.kind, 8 * ITEMSIZE[self.dtype]) / (8 * ITEMSIZE[self.dtype])
         shapes = self.config.sublayer_shapes(sublayer.kind).values()
@@ -146,7 +155,7 @@ def make_plan(
     work = work or Workload()
     sizes = Sizes(config, dtype, bits or {})
     images = {sublayer: sizes.image(sublayer) for sublayer in order(config.num_layers)}
-    fixed = sizes.resident() + sizes.kv_cache(work) + sizes.activations(work) + (LIBRARY_BYTES if copies else 0)
+    fixed = sizes.fixed(work) + (LIBRARY_BYTES if copies else 0)
     if not copies:
         gpu = None
     for depth in sorted({prefetch, 1}, reverse=True):  # a shorter prefetch where budgets hold no longer one
@@ -155,7 +164,7 @@ def make_plan(
             return plan
     by_hand = tiers is not None
     _check("--gpu", gpu, plan.gpu_bytes, plan.gpu_bytes if by_hand else fixed + plan.slot_bytes)
-    _check("--dram", dram, plan.dram_bytes, plan.dram_bytes if by_hand else plan.staging_bytes)
+    _check("--dram", dram, plan.dram_bytes, plan.dram_bytes if by_hand else _huge_pages(plan.staging_bytes))
     return plan
 
 
@@ -203,8 +212,8 @@ def _place(
             placed[sublayer], gpu_room = "gpu", gpu_room - images[sublayer]
     rest = [sublayer for sublayer in spread if sublayer not in placed]
     dram_room = dram or 0
-    if sum(images[sublayer] for sublayer in rest) > dram_room:
-        dram_room -= ring
+    if _huge_pages(sum(images[sublayer] for sublayer in rest)) > dram_room:
+        dram_room = (dram_room - _huge_pages(ring)) // HUGE_PAGE * HUGE_PAGE
     for sublayer in rest:
         if images[sublayer] <= dram_room:
             placed[sublayer], dram_room = "dram", dram_room - images[sublayer]

@@ -49,11 +49,12 @@ def plan_for(config: ModelConfig, machine: Machine) -> tuple[list[Forecast], Ren
     lines: list[RenderableType] = [Text(base.plan.describe()), _forecast_table(found, "one pass, predicted")]
     for phase in PHASES:
         now = base.passes[phase]
-        best = min(found[1:], key=lambda other: other.passes[phase].seconds)
+        best = min((f for f in found[1:] if f.available), key=lambda other: other.passes[phase].seconds)
         gain = now.seconds / best.passes[phase].seconds
-        advice = f"{best.name}: {gain:.2f}× faster" if gain > 1.02 else "nothing in this table helps much"
+        advice = (
+            f"{best.name}: {gain:.2f}× faster" if gain > 1.02 else "nothing here that mhaffn can do today helps much"
+        )
         lines.append(Text(f"{phase}: bound by {now.binding}; most help: {advice}"))
-    lines.append(Text("A pass over several drafted tokens costs about as much as a pass over one."))
     return found, Group(*lines)
 
 
@@ -67,7 +68,11 @@ def _forecast_table(found: Sequence[Forecast], title: str) -> Table:
         table.add_column("by", no_wrap=True)
     for item in found:
         tiers = "/".join(str(item.plan.count(tier)) for tier in TIERS)
-        cells = [item.name, tiers, f"{item.off_device_bytes / 2**30:.1f} GiB"]
+        cells = [
+            item.name if item.available else f"{item.name} (planned)",
+            tiers,
+            f"{item.off_device_bytes / 2**30:.1f} GiB",
+        ]
         for phase in PHASES:
             cells += [f"{item.passes[phase].seconds:.2f}", item.passes[phase].binding]
         table.add_row(*cells)

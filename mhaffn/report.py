@@ -146,14 +146,20 @@ def _table(report: Report) -> Table:
 
 
 def _bound_line(report: Report) -> str:
-    how = "measured alone" if report.links_measured_alone else "busy in this run"
+    alone = report.links_measured_alone
     links = ", ".join(f"{link} {seconds * 1e3:.1f} ms" for link, seconds in report.links.items())
     rate = report.tokens / report.passes / report.seconds_per_pass
-    return (
-        f"  pass      {report.seconds_per_pass * 1e3:.1f} ms ({rate:.2f} tokens/s)\n"
-        f"  links     {links} a pass, {how}\n"
-        f"  bound     {report.bound_s * 1e3:.1f} ms, by {report.bound_link}: {report.share:.0%} of it reached\n"
-    )
+    lines = [
+        f"  pass      {report.seconds_per_pass * 1e3:.1f} ms ({rate:.2f} tokens/s)",
+        f"  links     {links} a pass, {'measured alone' if alone else 'busy in this run'}",
+    ]
+    if alone:
+        lines.append(
+            f"  bound     {report.bound_s * 1e3:.1f} ms, by {report.bound_link}: {report.share:.0%} of it reached"
+        )
+    else:
+        lines.append(f"  busiest   {report.bound_link}, at work {report.share:.0%} of the time")
+    return "\n".join(lines) + "\n"
 
 
 def engine_line(info: ReaderInfo) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Literal
 
@@ -55,17 +56,18 @@ class Runner:
             self._residents = load_residents(
                 store, plan, images, device=target, reader=loader, verify=verify, progress=progress
             )
-        try:
-            staging = PinnedArena(plan.staging_bytes) if plan.staging_bytes else None
-            reader = Reader(engine=engine, direct=direct, strict=strict, arena=staging)
-            self._reader, self._staging = reader, staging
+        with ExitStack() as undo:
+            undo.callback(self._residents.close)
+            self._staging = PinnedArena(plan.staging_bytes) if plan.staging_bytes else None
+            if self._staging is not None:
+                undo.callback(self._staging.close)
+            self._reader = Reader(engine=engine, direct=direct, strict=strict, arena=self._staging)
+            undo.callback(self._reader.close)
             self._stream = Stream(
                 plan, images, self._residents,
-                device=target, reader=reader, staging=staging, trace=self.trace, verify=verify,
+                device=target, reader=self._reader, staging=self._staging, trace=self.trace, verify=verify,
             )  # fmt: skip
-        except BaseException:
-            self._residents.close()
-            raise
+            undo.pop_all()
         self.blocks = [self._block(layer) for layer in range(self.config.num_layers)]
 
     def _block(self, layer: int) -> Block:
@@ -81,14 +83,19 @@ class Runner:
 
         Raises what the stream raises, and :class:`StreamError` while another pass runs.
         """
-        if not self._lock.acquire(blocking=False):
-            raise StreamError("another pass is running on this model; a streamed model runs one at a time")
-        try:
-            phase: Phase = "prefill" if x.shape[1] > 1 else "decode"
+        phase: Phase = "prefill" if x.shape[1] > 1 else "decode"
+        with self._one_at_a_time():
             with self.trace.one_pass(phase, x.shape[0] * x.shape[1]):
                 for block in self.blocks:
                     x = block(x, context)
             return ops.rms_norm(x, self._resident["norm"], self.config.norm_eps)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise StreamError("another pass is running on this model; a streamed model runs one at a time")
+        try:
+            yield
         finally:
             self._lock.release()
 
@@ -98,8 +105,8 @@ class Runner:
         return linear(x, resident["embedding" if self.config.tie_word_embeddings else "head"])
 
     def sweep(self) -> None:
-        """One pass over all weights without compute: what the links alone take. Not for use during a pass."""
-        with self.trace.one_pass("sweep", 0):
+        """One pass over all weights without compute: what the links alone take."""
+        with self._one_at_a_time(), self.trace.one_pass("sweep", 0):
             for sublayer in self.plan.tiers:
                 self._stream.acquire(sublayer)
                 self._stream.release(sublayer)

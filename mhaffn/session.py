@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
-from mhaffn.config import ModelConfig
 from mhaffn.errors import ConfigError, StoreError
 from mhaffn.hf import StreamedLlama, load
 from mhaffn.report import make_report, render
 from mhaffn.runner import Runner
-from mhaffn.store import resolve
+from mhaffn.store import Store, resolve
 
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+GREEDY: dict[str, Any] = {"num_beams": 1, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def generate(
 ) -> bool:
     """Streams the answer to standard output and everything else to ``console``; False if interrupted."""
     folder = resolve(model)
-    config = ModelConfig.from_folder(folder)
+    config = Store.open(folder).config
     tokenizer = open_tokenizer(folder)
     ids = encode(tokenizer, prompt, raw=raw, console=console)
     limit = min(options.context or config.max_position_embeddings, config.max_position_embeddings)
@@ -84,7 +84,11 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{folder} holds no tokenizer that transformers can open: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise StoreError(
+            f"{folder} holds no tokenizer that transformers can open ({reason:.200}). "
+            f"Fetch the model's tokenizer.json and tokenizer_config.json into it."
+        ) from error
     return tokenizer
 
 
@@ -140,7 +144,7 @@ def stream_text(
     sampling = GREEDY
     if temperature > 0:
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature}
+        sampling = {"num_beams": 1, "do_sample": True, "temperature": temperature}
     ids = ids.to(model.device)
     with _TerminalText(tokenizer, model.runner) as streamer, torch.inference_mode():
         try:
@@ -181,7 +185,7 @@ class _TerminalText(TextStreamer):
     def __exit__(self, *exception: object) -> None:
         self._live.stop()
         if self._console.is_terminal and self._line:
-            self._console.print(self._line, markup=False, highlight=False, soft_wrap=True)
+            self._emit(self._line)
         elif self._line:
             sys.stdout.write("\n")
         self._line = ""
@@ -198,7 +202,15 @@ class _TerminalText(TextStreamer):
             return
         *whole, self._line = (self._line + text).split("\n")
         for line in whole:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._emit(line)
+        *rows, self._line = _folded(self._line, self._console.width)
+        for row in rows:
+            self._emit(row)
+
+    def _emit(self, line: str) -> None:
+        """A finished row goes above the live line, folded as it was shown there."""
+        for row in _folded(line, self._console.width):
+            self._console.print(row, markup=False, highlight=False, soft_wrap=True)
 
     def _render(self) -> RenderableType:
         now = time.perf_counter()
@@ -209,3 +221,15 @@ class _TerminalText(TextStreamer):
         rate = max(self._tokens, 0) / (now - self._started_s)
         status = f"{max(self._tokens, 0)} tokens, {rate:.2f} tokens/s, SSD {self._ssd_rate:.2f} GiB/s (Ctrl-C ends)"
         return Group(Text(self._line), Text(status, style="dim"))
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """``line`` in rows of at most ``width`` cells, broken at spaces where there are any."""
+    rows = []
+    while cell_len(line) > width:
+        fits = next(i for i in range(len(line), 0, -1) if cell_len(line[:i]) <= width)
+        space = line.rfind(" ", 1, fits + 1)
+        cut = space if space > 0 else fits
+        rows.append(line[:cut])
+        line = line[cut:].removeprefix(" ")
+    return [*rows, line]

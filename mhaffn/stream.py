@@ -10,6 +10,7 @@ while the head computes, the first sublayers of the next pass are already on the
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -83,12 +84,15 @@ class Stream:
         self._cycle = plan.streamed() if device.copies else plan.streamed("ssd")
         self._on_ssd = plan.streamed("ssd")
         self._positions = {sublayer: i for i, sublayer in enumerate(plan.tiers)}
-        self._change = threading.Condition()
+        self._lock = threading.RLock()  # taken by itself: an interrupt inside Condition's own `with` leaves it locked
+        self._change = threading.Condition(self._lock)
+        self._live: list[_Read] = []
+        self._torn = False  # whether a step below was cut short by an interrupt: then the cycle starts again
+        self._pid = os.getpid()
         self._staging_ring = ByteRing(plan.staging_bytes)
         self._slot_ring = ByteRing(plan.slot_bytes)
         self._slots = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=device.torch_device)
         self._reads: deque[_Read] = deque()
-        self._current: _Read | None = None
         self._arrivals: deque[_Arrival] = deque()
         self._held: deque[_Arrival] = deque()
         self._freed: deque[tuple[int, int, Event]] = deque()
@@ -118,31 +122,42 @@ class Stream:
         """
         if self._closed:
             raise StreamError("the stream is closed; load the model again")
+        if os.getpid() != self._pid:
+            raise StreamError("the model was loaded before a fork; load it again in this process")
         resident = self._residents.weights.get(sublayer)
         if resident is not None:
             return resident
-        if self._cycle[self._next] != sublayer:
+        if self._torn or self._cycle[self._next] != sublayer:
+            self._torn = True
             self._stop()
             self._start(self._cycle.index(sublayer), self._trace.number)
+        self._torn = True
         arrival = self._await_arrival()
+        if arrival.sublayer != sublayer:
+            raise StreamError(f"got {arrival.sublayer} where {sublayer} was due; the next pass starts again")
         self._next = (self._next + 1) % len(self._cycle)
         self._held.append(arrival)
         if arrival.event is not None:
             self._device.compute_after(arrival.event)
+        self._torn = False
         return arrival.weights
 
     def release(self, sublayer: Sublayer, ended: Event | None = None) -> None:
         """Gives the oldest acquired sublayer's memory back once the work queued so far is done."""
         if not self._held or self._held[0].sublayer != sublayer:
             return
+        torn, self._torn = self._torn, True
         arrival = self._held.popleft()
-        with self._change:
+        with self._lock:
+            if self._stopping:
+                return
             if arrival.slot is not None:
                 self._freed.append((*arrival.slot, ended or self._device.mark_compute()))
                 self._slot_ring.free()
             elif arrival.read is not None:
                 self._give_back(arrival.read)
             self._change.notify_all()
+        self._torn = torn
 
     def close(self) -> None:
         """Ends all transfers and frees all memory of the stream; may be called more than once."""
@@ -157,10 +172,12 @@ class Stream:
         self._residents.close()
 
     def _await_arrival(self) -> _Arrival:
-        with self._change:
+        with self._lock:
             while not self._arrivals:
                 if self._error is not None:
                     raise self._error
+                if self._closed or self._stopping:
+                    raise StreamError("the stream was closed during a pass")
                 self._change.wait(timeout=1.0)
             return self._arrivals.popleft()
 
@@ -172,17 +189,16 @@ class Stream:
         ahead = (i for i, sublayer in enumerate(self._on_ssd) if self._positions[sublayer] >= position)
         self._next, self._next_read = index, next(ahead, 0)
         self._stopping = False
-        with self._change:
+        with self._lock:
             self._submit_reads()
         self._mover = threading.Thread(target=self._move, args=(index, number), name="mhaffn-mover", daemon=True)
         self._mover.start()
 
     def _stop(self) -> None:
         """Ends the mover and all transfers, and takes every place in the rings back."""
-        with self._change:
+        with self._lock:
             self._stopping = True
-            reads = [*self._reads, *(a.read for a in (*self._arrivals, *self._held) if a.read is not None)]
-            reads += [self._current] if self._current is not None else []
+            reads = list(self._live)
             self._change.notify_all()
         for read in reads:
             read.request.cancel()
@@ -195,7 +211,7 @@ class Stream:
             with suppress(ReadError):
                 read.request.wait(STOP_S)
             read.slot.release()
-        self._current = None
+        self._live.clear()
         for queue in (self._reads, self._arrivals, self._held, self._freed):
             queue.clear()
         self._staging_ring.clear()
@@ -212,11 +228,14 @@ class Stream:
             if offset is None:
                 return
             slot = self._staging.lease(nbytes, offset)
-            self._reads.append(_Read(sublayer, slot, self._reader.submit(extents, slot)))
+            read = _Read(sublayer, slot, self._reader.submit(extents, slot))
+            self._live.append(read)
+            self._reads.append(read)
             self._next_read = (self._next_read + 1) % len(self._on_ssd)
             self._change.notify_all()
 
     def _give_back(self, read: _Read) -> None:
+        self._live.remove(read)
         read.slot.release()
         self._staging_ring.free()
         self._submit_reads()
@@ -235,16 +254,16 @@ class Stream:
         except _StoppedError:
             pass
         except BaseException as error:
-            with self._change:
+            with self._lock:
                 if not self._stopping:
                     self._error = error
                 self._change.notify_all()
 
     def _move_from_ssd(self) -> None:
-        with self._change:
+        with self._lock:
             self._change.wait_for(lambda: self._stopping or bool(self._reads))
             self._raise_if_stopping()
-            self._current = read = self._reads.popleft()
+            read = self._reads.popleft()
         image, memory = self._images[read.sublayer], torch.frombuffer(read.slot, dtype=torch.uint8)
         if not self._device.copies:
             for _ in self._arriving(read):
@@ -257,9 +276,8 @@ class Stream:
         copied = self._device.mark_copy()
         self._arrive(_Arrival(read.sublayer, image.views(slot), copied, slot=place))
         copied.synchronize()
-        with self._change:
+        with self._lock:
             self._raise_if_stopping()
-            self._current = None
             self._give_back(read)
 
     def _move_from_dram(self, sublayer: Sublayer) -> None:
@@ -290,7 +308,7 @@ class Stream:
 
     def _take_slot(self, image: Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """Room on the device, and its place; copies into it wait for the compute that last read there."""
-        with self._change:
+        with self._lock:
             while (offset := self._slot_ring.take(image.nbytes)) is None:
                 self._raise_if_stopping()
                 self._change.wait()
@@ -319,10 +337,8 @@ class Stream:
         self._device.span("h2d", sublayer, self._moving_pass, started, self._device.mark_copy(), segment.nbytes)
 
     def _arrive(self, arrival: _Arrival) -> None:
-        with self._change:
+        with self._lock:
             self._raise_if_stopping()
-            if arrival.read is not None:
-                self._current = None
             self._arrivals.append(arrival)
             self._change.notify_all()
 

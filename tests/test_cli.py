@@ -65,7 +65,7 @@ def test_run_prints_the_answer_to_stdout_and_the_table_to_stderr(model: Path, tm
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(w\d+ ?){6}\n", done.stdout)
     assert "6 on SSD" in done.stderr
-    for piece in ("prefill: 4 tokens in 1 pass", "decode: 5 tokens in 5 passes", "SSD → host", "bound", "engine"):
+    for piece in ("prefill: 4 tokens in 1 pass", "decode: 5 tokens in 5 passes", "SSD → host", "busiest", "engine"):
         assert piece in done.stderr
     lanes = {event.get("args", {}).get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"ssd", "mha", "ffn"} <= lanes
@@ -95,6 +95,7 @@ def test_prompt_from_stdin_and_sampling_with_a_seed(model: Path, here: Here, mon
         (["MODEL", "--context", "3"], "prompt of 4 tokens, expected fewer than 3"),
         (["MODEL", "--engine", "psychic"], "psychic"),
         (["MODEL", "--device", "tpu"], "tpu"),
+        (["MODEL", "--trace", "/no/such/folder/trace.json"], "/no/such/folder is no folder"),
     ],
 )
 def test_a_mistake_gets_one_paragraph_and_exit_2(arguments: list[str], message: str, model: Path, here: Here) -> None:

@@ -139,6 +139,19 @@ def test_several_end_of_text_ids_come_from_generation_config(tiny_model: Model, 
     assert short[0].tolist() == plain[0, : short.shape[1]].tolist() and short[0, -1] == stop and short.shape[1] <= 13
 
 
+@pytest.mark.parametrize("content", ['{"eos_token_id": "abc"}', '{"eos_token', '{"eos_token_id": [1, null]}'])
+def test_a_bad_generation_config_is_named(content: str, tiny_model: Model, tmp_path: Path) -> None:
+    for path in tiny_model().iterdir():
+        if path.name != "generation_config.json":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "generation_config.json").write_text(content)
+    if "null" in content:
+        streamed(tmp_path, "cpu").close()
+        return
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        streamed(tmp_path, "cpu")
+
+
 def test_streamer_in_a_thread(tiny_model: Model, device: str) -> None:
     class Letters:
         def decode(self, ids: Any, **_: Any) -> str:
@@ -174,6 +187,8 @@ def test_what_it_cannot_do_it_refuses(tiny_model: Model) -> None:
                 model(prompt(), **{option: True})
         with pytest.raises(ConfigError, match="exactly one"):
             model()
+        with pytest.raises(ConfigError, match="holds no weights to save"):
+            model.save_pretrained("/tmp")
 
 
 def test_closed_model_says_so(tiny_model: Model) -> None:

@@ -39,6 +39,7 @@ LAYERS = [
     ("session",),
     ("demo", "doctor"),
     ("cli",),
+    ("__main__",),
 ]
 STORE_LAYERS = [("manifest", "safetensors", "gguf_header"), ("format", "resolve"), ("gguf",), ("source",), ("pack",)]
 HEAVY = ("transformers", "cupy", "rich", "typer", "gguf", "safetensors", "xxhash", "huggingface_hub", "matplotlib")

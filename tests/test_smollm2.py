@@ -96,3 +96,13 @@ def test_the_gguf_path_gives_what_transformers_reads_from_the_same_file(smollm2:
     ids = encode(smollm2, PROMPTS[0])
     with mhaffn.load(store.path, gpu=None, dram=None, device="cpu") as model:
         assert (model(ids).logits - reference(ids).logits).abs().max() <= 1e-4
+
+
+def test_the_snippet_of_the_readme_runs_as_written(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (Path(__file__).parent.parent / name).read_text(encoding="utf-8")
+        snippet = text.partition("```python\n")[2].partition("```")[0]
+        assert '"models/Llama-3.1-8B-Instruct"' in snippet
+        snippet = snippet.replace('"models/Llama-3.1-8B-Instruct"', repr(str(smollm2))).replace("100)", "8)")
+        exec(compile(snippet, name, "exec"), {})
+        assert "assistant" in capsys.readouterr().out

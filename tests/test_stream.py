@@ -106,22 +106,49 @@ def test_staging_keeps_to_its_budget_and_later_passes_allocate_nothing(
         return arena(nbytes, **options)
 
     monkeypatch.setattr("mhaffn.runner.PinnedArena", counted)
+    monkeypatch.setattr("mhaffn.memory.PinnedArena", counted)
     folder = tiny_model(hidden_size=576, intermediate_size=4096, num_hidden_layers=12)
     plan = make_plan(Store.open(folder).config, "float32", copies=False, prefetch=1)
     weights = sum(records.nbytes for records in Store.open(folder).sublayers.values())
     assert plan.staging_bytes < weights / 4
-    with mhaffn.load(folder, gpu=None, dram=plan.staging_bytes, device="cpu") as model:
+    with mhaffn.load(folder, gpu=None, dram=plan.dram_bytes, device="cpu") as model:
         assert model.runner.plan.staging_bytes == plan.staging_bytes
         greedy(model, 2)
         before = rss()
         for _ in range(4):
             greedy(model, 4)
-        assert made == [plan.staging_bytes]
+        assert len(made) == 2 and made[1] <= plan.dram_bytes  # residents, then staging: none in any later pass
         info = model.runner.staging_info()
         assert info is not None and 0 < info.peak_leased_bytes <= plan.staging_bytes
         assert rss() - before < 4 << 20
     with pytest.raises(BudgetError, match=r"at least .*\(\d+ bytes\)"):
-        mhaffn.load(folder, gpu=None, dram=plan.staging_bytes - 1, device="cpu")
+        mhaffn.load(folder, gpu=None, dram=plan.dram_bytes - 1, device="cpu")
+
+
+@pytest.mark.usefixtures("copying")
+def test_arenas_keep_to_the_dram_budget(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Staging and DRAM tier together, as mapped: huge pages are counted too."""
+    mapped: dict[str, int] = {}
+
+    def counted(name: str) -> Any:
+        def make(nbytes: int, **options: Any) -> Any:
+            made = arena(nbytes, **options)
+            mapped[name] = mapped.get(name, 0) + made.nbytes
+            return made
+
+        return make
+
+    arena = mhaffn.runner.PinnedArena
+    monkeypatch.setattr("mhaffn.runner.PinnedArena", counted("staging"))
+    monkeypatch.setattr("mhaffn.memory.PinnedArena", counted("tier"))
+    folder = tiny_model(hidden_size=576, intermediate_size=4096, num_hidden_layers=12)
+    least = make_plan(Store.open(folder).config, "float32", copies=True, prefetch=1).dram_bytes
+    for budget in (least, 2 * least + 12345):
+        mapped.clear()
+        with mhaffn.load(folder, gpu=None, dram=budget) as model:
+            loading = 4 * ((32 << 20) + 8192)  # the pieces that the resident part came through, gone by now
+            assert mapped["staging"] + mapped["tier"] - loading <= budget + (2 << 20)
+            assert model.runner.plan.dram_bytes <= budget
 
 
 def rss() -> int:
@@ -136,7 +163,7 @@ def test_rss_of_a_streamed_model_is_staging_and_residents_not_the_model(tiny_mod
     with mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu") as warm_up:
         greedy(warm_up)
     before = rss()
-    with mhaffn.load(folder, gpu=None, dram=plan.staging_bytes, device="cpu") as model:
+    with mhaffn.load(folder, gpu=None, dram=plan.dram_bytes, device="cpu") as model:
         greedy(model)
         assert rss() - before < plan.staging_bytes + 24 * 2**20 < weights
 
@@ -296,6 +323,65 @@ def test_close_in_the_middle_of_a_pass_is_quick_and_final(tiny_model: Model) -> 
     model.close()
     assert time.perf_counter() - started < 5
     assert not [t for t in threading.enumerate() if t.name.startswith("mhaffn")]
+
+
+def sweep_until_error(model: mhaffn.StreamedLlama, errors: list[BaseException]) -> None:
+    try:
+        while True:
+            model.runner.sweep()
+    except BaseException as error:
+        errors.append(error)
+
+
+def test_close_during_a_pass_ends_it_with_an_error(tiny_model: Model) -> None:
+    for wait_s in (0.0, 0.002, 0.01, 0.05):
+        model = mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu")
+        errors: list[BaseException] = []
+
+        thread = threading.Thread(target=sweep_until_error, args=(model, errors))
+        thread.start()
+        time.sleep(wait_s)
+        model.close()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert [type(error) for error in errors] == [StreamError]
+
+
+@pytest.mark.parametrize("kind", ["mha", "ffn"])
+def test_an_interrupt_between_two_steps_gives_no_wrong_weights(kind: Any, tiny_model: Model) -> None:
+    """Where one kind streams, its neighbours have the same shapes: mixing them up would go unnoticed."""
+    folder = tiny_model()
+    expected = resident_tokens(folder)
+    tiers: dict[Sublayer, Tier] = {s: "ssd" if s.kind == kind else "dram" for s in order(3)}
+    with mhaffn.load(folder, gpu=None, dram=None, device="cpu", tiers=tiers) as model:
+        stream = model.runner._stream
+        wait = stream._await_arrival
+
+        def interrupted() -> None:
+            stream._await_arrival = wait  # type: ignore[method-assign]
+            wait()
+            raise KeyboardInterrupt
+
+        for _ in range(2):
+            stream._await_arrival = interrupted  # type: ignore[method-assign, assignment]
+            with pytest.raises(KeyboardInterrupt):
+                greedy(model)
+            assert greedy(model) == expected
+
+
+def test_a_forked_child_is_told_to_load_again(tiny_model: Model) -> None:
+    with mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu") as model:
+        greedy(model, 1)
+        child = os.fork()
+        if child == 0:
+            code = 3
+            try:
+                model.runner._stream.acquire(Sublayer(0, "mha"))
+            except StreamError as error:
+                code = 0 if "fork" in str(error) else 4
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        greedy(model, 2)
 
 
 def test_two_models_stream_the_same_store_at_once(tiny_model: Model) -> None:

@@ -115,6 +115,8 @@ def _claim(source: Source, target: Path, dtype: str) -> Iterator[None]:
 
 def _refuse_strangers(target: Path) -> None:
     names = {path.name for path in target.iterdir()}
+    if manifest.NAME in names and manifest.UNFINISHED_NAME not in names:
+        raise StoreError(f"{target} already holds a finished store, which is not empty: run it, or give a new folder")
     if names and manifest.UNFINISHED_NAME not in names:
         raise StoreError(
             f"{target} is not empty and no unfinished pack of this model: it holds "
