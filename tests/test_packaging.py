@@ -198,3 +198,11 @@ def test_an_installed_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None
     assert run(program, tmp_path, PYTHONPATH=str(target)).splitlines() == [f"1 {target}/mhaffn/__init__.py", "True"]
     program = "from mhaffn.cli import main; import sys; sys.argv = ['mhaffn', '--help']; main()"
     assert "pack" in run(program, tmp_path, PYTHONPATH=str(target))
+
+
+def test_imports_from_the_folder_that_the_clone_lies_in(tmp_path: Path) -> None:
+    """There the clone itself looks like a namespace package of the same name."""
+    (tmp_path / "mhaffn").symlink_to(ROOT)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "import mhaffn; assert mhaffn.__version__; import mhaffn.store"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True, timeout=60)
