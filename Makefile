@@ -35,7 +35,6 @@ soak: install ## ten minutes of reads, watching memory and descriptors
 	$(BIN)/python tests/soak_reader.py --seconds 600
 
 check: install ## ruff, mypy, clang-format
-	$(PIP) install -q -e '.[check]' -c constraints.txt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -55,7 +54,7 @@ install: $(READY)
 $(READY): pyproject.toml setup.py constraints.txt $(NATIVE_SOURCES) | system
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) install -v --config-settings editable_mode=compat -e '.[test,bench,demo]' -c constraints.txt > $(VENV)/install.log 2>&1 || (tail -40 $(VENV)/install.log; false)
+	$(PIP) install -v --config-settings editable_mode=compat -e '.[test,bench,demo,check]' -c constraints.txt > $(VENV)/install.log 2>&1 || (tail -40 $(VENV)/install.log; false)
 	@grep -h '^ *mhaffn: building' $(VENV)/install.log
 	@touch $@
 
