@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Where tests run in the background, a shell has them ignore SIGINT, and their children would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Model = Callable[..., Path]
 
