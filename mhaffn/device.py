@@ -5,19 +5,25 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
-from mhaffn.config import Sublayer
-from mhaffn.errors import ConfigError
+from mhaffn.config import Sublayer, format_bytes
+from mhaffn.errors import BudgetError, ConfigError
 from mhaffn.trace import LANES, Lane, Trace
 
 
 class Event(Protocol):
     """A point in the order of work on a device."""
 
-    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        """Whether it has passed."""
+
+    def synchronize(self) -> None:
+        """Waits until it has passed."""
 
 
 class Device(Protocol):
@@ -53,6 +59,9 @@ class HostMark:
 
     def __init__(self) -> None:
         self.time_s = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
 
     def synchronize(self) -> None:
         pass
@@ -146,6 +155,20 @@ class CudaDevice:
             sublayer, number, start, end, nbytes = pending.popleft()
             start_s, end_s = (self._zero_s + self._zero.elapsed_time(event) / 1e3 for event in (start, end))
             self._trace.add(lane, sublayer, number, start_s, end_s, nbytes)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns the GPU's running out of memory into a :class:`BudgetError` that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info()
+        raise BudgetError(
+            f"the GPU ran out of memory ({format_bytes(free)} of {format_bytes(total)} free): "
+            f"{str(error).splitlines()[0]:.200} Give a smaller --gpu (gpu=), a shorter context or a smaller batch; "
+            f"`nvidia-smi` shows what else holds memory."
+        ) from error
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -14,7 +14,7 @@
     │   └── ReadCancelledError      cancelled, or its reader closed
     ├── EngineUnavailableError      the engine or mode asked for does not work here
     ├── PinnedMemoryError           host memory could not be mapped, locked or leased
-    ├── BudgetError                 a memory budget below the minimum, which it names
+    ├── BudgetError                 a memory budget below the minimum, which it names; or GPU memory that ran out
     └── StreamError                 the stream was used after close, after failure, or out of order
 """
 
@@ -87,7 +87,7 @@ class PinnedMemoryError(MhaffnError, MemoryError):
 
 
 class BudgetError(MhaffnError, ValueError):
-    """A memory budget below the minimum, which the message names."""
+    """A memory budget below the minimum, which the message names; or GPU memory that ran out all the same."""
 
 
 class StreamError(MhaffnError, RuntimeError):

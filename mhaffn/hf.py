@@ -17,10 +17,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mhaffn.budget import Budget, free_dram, free_gpu, resolve_budget
 from mhaffn.config import ModelConfig, Sublayer
-from mhaffn.device import choose_device
+from mhaffn.device import choose_device, memory_errors
 from mhaffn.errors import ConfigError
 from mhaffn.modules import Context
-from mhaffn.plan import Sizes, Tier, Workload, make_plan
+from mhaffn.plan import CHUNK_TOKENS, Tier, Workload, make_plan
 from mhaffn.runner import Direct, Engine, Runner
 from mhaffn.store import Store, resolve
 
@@ -38,10 +38,10 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    def __init__(self, config: PreTrainedConfig, runner: Runner, context: int) -> None:
+    def __init__(self, config: PreTrainedConfig, runner: Runner, context: int, batch: int) -> None:
         config._attn_implementation = "sdpa"
         super().__init__(config)
-        self.runner, self.context = runner, context
+        self.runner, self.context, self.batch = runner, context, batch
         self._rotary = LlamaRotaryEmbedding(config).to(runner.device)
         self._finalizer = weakref.finalize(self, runner.close)
 
@@ -74,37 +74,77 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
         x = self.runner.embed(input_ids) if input_ids is not None else inputs_embeds
         assert x is not None  # one of the two was given
-        if past_key_values is None and use_cache is not False:
+        batch, new, _ = x.shape
+        long = new > CHUNK_TOKENS  # steps after the first need the keys of those before
+        if past_key_values is None and (use_cache is not False or long):
             past_key_values = DynamicCache(config=self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check_length(int(seen), x.shape[1])
+        seen = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        self._check_room(batch, seen, new)
+        mask, causal = self._mask(x, attention_mask, position_ids, past_key_values, seen + new)
         if position_ids is None:
-            position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0) + seen
-        context = self._context(x, attention_mask, position_ids, past_key_values)
-        hidden = self.runner.forward(x, context)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            position_ids = torch.arange(seen, seen + new, device=x.device).unsqueeze(0)
+        cos, sin = self._rotary(x.new_empty(0, dtype=torch.float32), position_ids)
+        half = cos.shape[-1] // 2
+        context = Context(
+            cos[..., :half].contiguous(), sin[..., :half].contiguous(),
+            length=seen + new if causal or mask is None else mask.shape[-1], mask=mask, causal=causal,
+            cache=past_key_values,
+        )  # fmt: skip
+        with memory_errors():
+            hidden = self.runner.forward(x, context)
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.runner.head(hidden[:, keep])
         return CausalLMOutputWithPast(
-            logits=self.runner.head(hidden[:, keep]),
-            past_key_values=past_key_values if use_cache is not False else None,
+            logits=logits, past_key_values=past_key_values if use_cache is not False else None
         )
 
-    def _context(
-        self, x: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Cache | None
-    ) -> Context:
+    def _mask(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        length: int,
+    ) -> tuple[torch.Tensor | None, bool]:
+        """The mask in bool, and whether attention is causal besides; transformers decides what is not plain padding."""
+        if attention_mask is None and position_ids is None:
+            return None, True
+        if attention_mask is not None and attention_mask.dim() == 2:
+            expected = (x.shape[0], length)
+            if tuple(attention_mask.shape) != expected:
+                raise ConfigError(
+                    f"got attention_mask of shape {tuple(attention_mask.shape)}, expected {expected}: "
+                    f"one value for each position, those in the cache too"
+                )
+            seen = attention_mask.to(x.device, torch.bool)
+            return (None if seen.all() else seen[:, None, None, :]), True
         mask = create_causal_mask(
             config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache,
             position_ids=position_ids,
         )  # fmt: skip
-        cos, sin = self._rotary(x.new_empty(0, dtype=torch.float32), position_ids)
-        half = cos.shape[-1] // 2
-        return Context(cos[..., :half].contiguous(), sin[..., :half].contiguous(), mask, cache)
+        if mask is None:
+            return None, True
+        if mask.dtype != torch.bool:  # additive: 0 where a query may look, the least number where not
+            least = torch.finfo(mask.dtype).min / 2
+            if not ((mask == 0) | (mask <= least)).all():
+                raise ConfigError("got an attention_mask with biases, expected 0 or the least number of its dtype")
+            mask = mask == 0
+        return mask, False
 
-    def _check_length(self, seen: int, new: int) -> None:
+    def _check_room(self, batch: int, seen: int, new: int) -> None:
+        if new == 0:
+            raise ConfigError("got no tokens, expected at least one")
         if seen + new > self.context:
             raise ConfigError(
                 f"got a sequence of {seen + new} tokens, expected at most {self.context}, the context this model was "
                 f"loaded with. Load it with context={seen + new} or more; the model itself knows "
                 f"{self.config.max_position_embeddings} positions."
+            )
+        if batch * (seen + new) > self.batch * self.context:
+            raise ConfigError(
+                f"got {batch} sequences of {seen + new} tokens, expected at most {self.batch * self.context} tokens in "
+                f"all: batch={self.batch} times context={self.context}. Load the model with a larger batch, at most "
+                f"batch={batch}; each beam is a sequence."
             )
 
     def _refuse(self, options: dict[str, Any]) -> None:
@@ -140,6 +180,7 @@ def load(
     dram: Budget = "auto",
     context: int | None = None,
     tokens: int | None = None,
+    batch: int = 1,
     device: str | torch.device | None = None,
     engine: Engine = "auto",
     direct: Direct = "auto",
@@ -154,6 +195,8 @@ def load(
       headroom; None or 0 keeps no sublayer there: everything is streamed from SSD.
     - ``context``: the longest sequence, prompt and answer together; 4096 or the model's limit, if less.
     - ``tokens``: the longest prompt; ``context`` unless given.
+    - ``batch``: sequences at once, each beam one; the KV cache has room for ``batch`` times ``context`` positions,
+      which more and shorter sequences may share.
     - ``device``: "cuda" or "cpu"; CUDA where there is one.
     - ``engine``, ``direct``, ``strict``: how files are read, see :class:`mhaffn.reader.Reader`.
     - ``verify``: check a packed store's checksums as its bytes arrive.
@@ -169,26 +212,28 @@ def load(
     folder = resolve(model)
     store = Store.open(folder)
     context = _context_length(store.config, context)
+    if batch < 1:
+        raise ConfigError(f"got batch = {batch}, expected at least 1")
     device = choose_device(device)
     copies = device.type == "cuda"
-    work = Workload(tokens=min(tokens or context, context), context=context)
-    sizes = Sizes(store.config, store.dtype)
+    work = Workload(tokens=min(tokens or context, context), context=context, batch=batch)
     if not copies and gpu != "auto" and resolve_budget(gpu, lambda: 0):
         raise ConfigError(f"got gpu = {gpu!r}, but the device is the CPU; give dram instead, or a CUDA device")
     plan = make_plan(
         store.config,
         store.dtype,
         gpu=resolve_budget(gpu, partial(free_gpu, device)) if copies else None,
-        dram=resolve_budget(dram, lambda: max(free_dram() - (0 if copies else sizes.fixed(work)), 0)),
+        dram=resolve_budget(dram, free_dram),
         copies=copies,
         work=work,
         tiers=tiers,
     )
     config, generation_config = _transformers_configs(folder)
-    runner = Runner(
-        store, plan, device=device, engine=engine, direct=direct, strict=strict, verify=verify, progress=progress
-    )
-    loaded = StreamedLlama(config, runner, context)
+    with memory_errors():
+        runner = Runner(
+            store, plan, device=device, engine=engine, direct=direct, strict=strict, verify=verify, progress=progress
+        )
+    loaded = StreamedLlama(config, runner, context, batch)
     if generation_config is not None:
         loaded.generation_config = generation_config
     return loaded

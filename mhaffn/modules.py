@@ -8,7 +8,7 @@ A sublayer asks its provider for weights and does not know where they come from:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from mhaffn import ops
 from mhaffn.config import ModelConfig
 from mhaffn.image import Weights
+from mhaffn.plan import CHUNK_TOKENS
 
 Provider = Callable[[], AbstractContextManager[Weights]]
 
@@ -37,14 +38,32 @@ class KVCache(Protocol):
 class Context:
     """What all layers of one pass share.
 
-    ``cos`` and ``sin`` are ``[1 or B, T, K/2]`` float32. ``mask`` is bool ``[B, 1, T, S]``, True where a query
-    may look; None means plainly causal: a prompt that sees itself alone, or one token that sees all.
+    ``cos`` and ``sin`` are ``[1 or B, T, K/2]`` float32. ``length`` is S, the keys there are once this pass has added
+    its own; a cache may return room for more. ``mask`` is bool, True where a query may look: ``[B, 1, 1, S]`` beside
+    ``causal`` (padding), or ``[B, 1, T, S]`` by itself; None lets it look at all keys, up to its own if ``causal``.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
+    length: int
     mask: torch.Tensor | None = None
+    causal: bool = True
     cache: KVCache | None = None
+
+    def steps(self) -> Iterator[tuple[slice, Context]]:
+        """The positions in steps of at most :data:`CHUNK_TOKENS`, and what each step sees.
+
+        A step sees no keys of later ones, so only causal contexts have several; and only those with a cache, which
+        keeps the keys of the steps before.
+        """
+        total = self.cos.shape[1]
+        size = CHUNK_TOKENS if self.causal and self.cache is not None else total
+        for start in range(0, total, size):
+            stop = min(start + size, total)
+            length = self.length - total + stop if self.causal else self.length
+            mask = None if self.mask is None else self.mask[..., :length]
+            part = slice(start, stop)
+            yield part, Context(self.cos[:, part], self.sin[:, part], length, mask, self.causal, self.cache)
 
 
 class MHA(nn.Module):
@@ -56,21 +75,22 @@ class MHA(nn.Module):
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """``[B, T, D]`` to ``[B, T, D]``."""
+        with self.weights() as w:
+            return _joined(x, ((part, self._step(x[:, part], step, w)) for part, step in context.steps()))
+
+    def _step(self, x: torch.Tensor, context: Context, w: Weights) -> torch.Tensor:
         B, T, _ = x.shape
         K = self.config.head_dim
-        with self.weights() as w:
-            h = ops.rms_norm(x, w.norm, self.config.norm_eps)
-            q = linear(h, w.wq).view(B, T, -1, K)
-            k = linear(h, w.wk).view(B, T, -1, K)
-            v = linear(h, w.wv).view(B, T, -1, K)
-            q, k = ops.rope(q, k, context.cos, context.sin)
-            if context.cache is not None:
-                keys, values = context.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
-                k, v = keys.transpose(1, 2), values.transpose(1, 2)
-                if context.mask is None and T > 1:  # a static cache returns room for more than was written
-                    k, v = k[:, :T], v[:, :T]
-            y = ops.attention(q, k, v, causal=context.mask is None, mask=context.mask)
-            return linear(y.reshape(B, T, -1), w.wo)
+        h = ops.rms_norm(x, w.norm, self.config.norm_eps)
+        q = linear(h, w.wq).view(B, T, -1, K)
+        k = linear(h, w.wk).view(B, T, -1, K)
+        v = linear(h, w.wv).view(B, T, -1, K)
+        q, k = ops.rope(q, k, context.cos, context.sin)
+        if context.cache is not None:
+            keys, values = context.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
+            k, v = keys.transpose(1, 2)[:, : context.length], values.transpose(1, 2)[:, : context.length]
+        y = ops.attention(q, k, v, causal=context.causal, mask=context.mask)
+        return linear(y.reshape(B, T, -1), w.wo)
 
 
 class FFN(nn.Module):
@@ -82,8 +102,24 @@ class FFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, T, D]`` to ``[B, T, D]``."""
+        steps = (slice(start, start + CHUNK_TOKENS) for start in range(0, x.shape[1], CHUNK_TOKENS))
         with self.weights() as w:
-            return ops.ffn(ops.rms_norm(x, w.norm, self.config.norm_eps), w.w1, w.w3, w.w2)
+            return _joined(x, ((part, self._step(x[:, part], w)) for part in steps))
+
+    def _step(self, x: torch.Tensor, w: Weights) -> torch.Tensor:
+        return ops.ffn(ops.rms_norm(x, w.norm, self.config.norm_eps), w.w1, w.w3, w.w2)
+
+
+def _joined(x: torch.Tensor, parts: Iterator[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+    """The parts along T as one tensor shaped as ``x``; a single part as it is."""
+    part, y = next(parts)
+    if y.shape == x.shape:
+        return y
+    joined = torch.empty_like(x)
+    joined[:, part] = y
+    for part, y in parts:
+        joined[:, part] = y
+    return joined
 
 
 class Block(nn.Module):

@@ -23,6 +23,8 @@ DEVICE_ALIGN = 256
 STAGING_BYTES = 64 << 20
 PREFETCH = 2
 LIBRARY_BYTES = 512 << 20
+CHUNK_TOKENS = 4096
+"""Positions a sublayer works on at once: a longer prompt goes through its weights in several steps."""
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -32,7 +34,7 @@ def _huge_pages(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run must have room for: ``tokens`` a pass at most, ``context`` positions in the KV cache."""
+    """What a run must have room for: ``batch`` sequences, each of ``tokens`` a pass and ``context`` in all at most."""
 
     tokens: int = 2048
     context: int = 4096
@@ -43,9 +45,10 @@ class Workload:
 class Plan:
     """The tier of every sublayer, and the memory that follows from it (bytes).
 
-    ``staging_bytes`` is the ring in host memory that SSD reads land in; ``slot_bytes`` the ring on the
-    device that streamed sublayers are copied into (0 where the device computes from host memory);
-    ``fixed_bytes`` is what the device holds besides: embedding, head, KV cache, activations.
+    ``copies`` says whether the device has memory of its own. ``staging_bytes`` is the ring in host memory
+    that SSD reads land in; ``slot_bytes`` the ring on the device that streamed sublayers are copied into
+    (0 where the device computes from host memory); ``fixed_bytes`` is what compute holds besides:
+    embedding, head, KV cache, activations.
     """
 
     tiers: Mapping[Sublayer, Tier]
@@ -55,16 +58,18 @@ class Plan:
     gpu_tier_bytes: int
     dram_tier_bytes: int
     fixed_bytes: int
+    copies: bool
 
     @property
     def gpu_bytes(self) -> int:
-        """All device memory the plan uses."""
-        return self.fixed_bytes + self.gpu_tier_bytes + self.slot_bytes
+        """All memory of its own the device gives to the plan."""
+        return self.fixed_bytes + self.gpu_tier_bytes + self.slot_bytes if self.copies else 0
 
     @property
     def dram_bytes(self) -> int:
-        """All pinned host memory the plan uses; it is mapped in huge pages."""
-        return _huge_pages(self.staging_bytes) + _huge_pages(self.dram_tier_bytes)
+        """All host memory the plan uses: what is pinned, in huge pages, and what a CPU computes with."""
+        pinned = _huge_pages(self.staging_bytes) + _huge_pages(self.dram_tier_bytes)
+        return pinned + (0 if self.copies else self.fixed_bytes)
 
     def streamed(self, tier: Tier | None = None) -> list[Sublayer]:
         """Sublayers off the device, in pass order; of one tier if given."""
@@ -76,9 +81,10 @@ class Plan:
     def describe(self) -> str:
         """One line for people."""
         places = ", ".join(f"{self.count(tier)} on {tier.upper()}" for tier in TIERS if self.count(tier))
+        device = f"GPU {format_bytes(self.gpu_bytes)}, " if self.copies else ""
         return (
             f"{len(self.tiers)} sublayers: {places}; prefetch {self.prefetch} ahead; "
-            f"device {format_bytes(self.gpu_bytes)}, host {format_bytes(self.dram_bytes)}"
+            f"{device}host {format_bytes(self.dram_bytes)}"
         )
 
 
@@ -109,10 +115,11 @@ class Sizes:
         return work.batch * work.context * c.num_layers * per_position
 
     def activations(self, work: Workload) -> int:
-        """A bound of what one pass holds at once: hidden states, q/k/v, gate and up, one row of logits."""
+        """A bound of what one pass holds at once: hidden states of all tokens, q/k/v, gate and up of a step, logits."""
         c = self.config
-        widths = 6 * c.hidden_size + 3 * c.intermediate_size + 4 * c.num_heads * c.head_dim
-        return work.batch * (work.tokens * widths * ITEMSIZE[self.dtype] + c.vocab_size * 4 * 4)
+        step = 3 * c.hidden_size + 3 * c.intermediate_size + 4 * c.num_heads * c.head_dim
+        elements = work.tokens * 4 * c.hidden_size + min(work.tokens, CHUNK_TOKENS) * step
+        return work.batch * (elements * ITEMSIZE[self.dtype] + c.vocab_size * 4 * 4)
 
     def fixed(self, work: Workload) -> int:
         """What every plan holds besides sublayers: embedding, norm, head, KV cache, activations."""
@@ -163,8 +170,9 @@ def make_plan(
         if (gpu is None or plan.gpu_bytes <= gpu) and (dram is None or plan.dram_bytes <= dram):
             return plan
     by_hand = tiers is not None
+    least = _huge_pages(plan.staging_bytes) + (0 if copies else fixed)
     _check("--gpu", gpu, plan.gpu_bytes, plan.gpu_bytes if by_hand else fixed + plan.slot_bytes)
-    _check("--dram", dram, plan.dram_bytes, plan.dram_bytes if by_hand else _huge_pages(plan.staging_bytes))
+    _check("--dram", dram, plan.dram_bytes, plan.dram_bytes if by_hand else least)
     return plan
 
 
@@ -192,6 +200,7 @@ def _fit(
             gpu_tier_bytes=sum(on["gpu"]),
             dram_tier_bytes=sum(on["dram"]),
             fixed_bytes=fixed,
+            copies=copies,
         )
         if plan.staging_bytes <= staging and plan.slot_bytes <= slots:
             return plan
@@ -211,7 +220,7 @@ def _place(
         if images[sublayer] <= gpu_room:
             placed[sublayer], gpu_room = "gpu", gpu_room - images[sublayer]
     rest = [sublayer for sublayer in spread if sublayer not in placed]
-    dram_room = dram or 0
+    dram_room = (dram or 0) - (0 if copies else fixed)
     if _huge_pages(sum(images[sublayer] for sublayer in rest)) > dram_room:
         dram_room = (dram_room - _huge_pages(ring)) // HUGE_PAGE * HUGE_PAGE
     for sublayer in rest:
@@ -270,5 +279,5 @@ def _check(option: str, budget: int | None, need: int, least: int) -> None:
     if budget is not None and need > budget:
         raise BudgetError(
             f"{option} {format_bytes(budget)} is too small: this model needs at least {format_bytes(max(least, 1))} "
-            f"there ({least} bytes). Raise it, or ask for a shorter context."
+            f"there ({least} bytes). Raise it, or ask for a shorter context or a smaller batch."
         )

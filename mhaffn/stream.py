@@ -96,6 +96,7 @@ class Stream:
         self._arrivals: deque[_Arrival] = deque()
         self._held: deque[_Arrival] = deque()
         self._freed: deque[tuple[int, int, Event]] = deque()
+        self._copied: deque[tuple[_Read, Event]] = deque()
         self._error: BaseException | None = None
         self._closed = self._stopping = False
         self._next = self._next_read = self._moving_pass = 0
@@ -175,7 +176,7 @@ class Stream:
         with self._lock:
             while not self._arrivals:
                 if self._error is not None:
-                    raise self._error
+                    raise self._error.with_traceback(None)
                 if self._closed or self._stopping:
                     raise StreamError("the stream was closed during a pass")
                 self._change.wait(timeout=1.0)
@@ -184,7 +185,7 @@ class Stream:
     def _start(self, index: int, number: int) -> None:
         """Starts the cycle at its sublayer ``index`` of pass ``number``, with all rings empty."""
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)
         position = self._positions[self._cycle[index]]
         ahead = (i for i, sublayer in enumerate(self._on_ssd) if self._positions[sublayer] >= position)
         self._next, self._next_read = index, next(ahead, 0)
@@ -212,7 +213,7 @@ class Stream:
                 read.request.wait(STOP_S)
             read.slot.release()
         self._live.clear()
-        for queue in (self._reads, self._arrivals, self._held, self._freed):
+        for queue in (self._reads, self._arrivals, self._held, self._freed, self._copied):
             queue.clear()
         self._staging_ring.clear()
         self._slot_ring.clear()
@@ -260,10 +261,7 @@ class Stream:
                 self._change.notify_all()
 
     def _move_from_ssd(self) -> None:
-        with self._lock:
-            self._change.wait_for(lambda: self._stopping or bool(self._reads))
-            self._raise_if_stopping()
-            read = self._reads.popleft()
+        read = self._next_submitted()
         image, memory = self._images[read.sublayer], torch.frombuffer(read.slot, dtype=torch.uint8)
         if not self._device.copies:
             for _ in self._arriving(read):
@@ -274,11 +272,34 @@ class Stream:
         for segment in self._arriving(read):
             self._copy(read.sublayer, slot, memory, segment)
         copied = self._device.mark_copy()
+        self._copied.append((read, copied))
         self._arrive(_Arrival(read.sublayer, image.views(slot), copied, slot=place))
-        copied.synchronize()
+
+    def _next_submitted(self) -> _Read:
+        """The oldest read not yet moved."""
         with self._lock:
+            while not self._reads:
+                self._wait()
             self._raise_if_stopping()
-            self._give_back(read)
+            return self._reads.popleft()
+
+    def _wait(self) -> None:
+        """Waits for a change; while copies from staging are under way, for the oldest of them. Lock held."""
+        self._raise_if_stopping()
+        if not self._copied:
+            self._change.wait()
+            return
+        self._lock.release()
+        try:
+            self._copied[0][1].synchronize()
+        finally:
+            self._lock.acquire()
+        self._reclaim()
+
+    def _reclaim(self) -> None:
+        """Gives staging that was copied from back to the reader. Lock held."""
+        while self._copied and self._copied[0][1].query():
+            self._give_back(self._copied.popleft()[0])
 
     def _move_from_dram(self, sublayer: Sublayer) -> None:
         image = self._images[sublayer]
@@ -297,6 +318,8 @@ class Stream:
                 for start in range(0, segment.nbytes, CHUNK_BYTES):
                     nbytes = min(CHUNK_BYTES, segment.nbytes - start)
                     source = segment.source + start
+                    with self._lock:
+                        self._reclaim()
                     request.wait_ready(source + nbytes)
                     if digest is not None:
                         digest.update(buffer[source : source + nbytes])
@@ -310,8 +333,7 @@ class Stream:
         """Room on the device, and its place; copies into it wait for the compute that last read there."""
         with self._lock:
             while (offset := self._slot_ring.take(image.nbytes)) is None:
-                self._raise_if_stopping()
-                self._change.wait()
+                self._wait()
             self._raise_if_stopping()
             self._device.copy_after(self._last_use(offset, image.nbytes))
         return self._slots[offset : offset + image.nbytes], (offset, image.nbytes)

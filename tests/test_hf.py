@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, S
 
 import mhaffn
 from mhaffn.config import Sublayer, order
-from mhaffn.errors import ConfigError, StreamError
+from mhaffn.errors import BudgetError, ConfigError, StreamError
 from tests.conftest import Model
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ def test_logits_equal_transformers_in_fp32(name: str, tiny_model: Model, device:
     folder = tiny_model(**CONFIGS[name])
     ids = prompt(2).to(device)
     expected = open_reference(folder, device)(ids).logits
-    with streamed(folder, device) as model:
+    with streamed(folder, device, batch=2) as model:
         for _ in range(3):  # the cycle runs on through the pass boundary
             assert (model(ids).logits - expected).abs().max() <= 1e-4
 
@@ -96,6 +96,84 @@ def test_chunked_prefill_with_caches(kind: str, tiny_model: Model, device: str) 
         cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=40)
         parts = [model(part, past_key_values=cache).logits for part in ids.split([10, 1, 8, 5], dim=1)]
     assert (torch.cat(parts, 1) - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static", "padded"])
+def test_a_long_prompt_takes_several_steps_but_reads_each_sublayer_once(
+    cache: str, tiny_model: Model, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mhaffn.modules.CHUNK_TOKENS", 7)
+    monkeypatch.setattr("mhaffn.hf.CHUNK_TOKENS", 7)
+    folder = tiny_model()
+    ids = prompt(2, 24).to(device)
+    mask = torch.ones_like(ids)
+    if cache == "padded":
+        mask[0, :9] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = open_reference(folder, device)(ids, attention_mask=mask, position_ids=positions).logits
+    with streamed(folder, device) as model:
+        caches = {"dynamic": DynamicCache(), "static": StaticCache(model.config, max_cache_len=40)}
+        options = {"past_key_values": caches.get(cache), "use_cache": cache in caches}
+        got = model(ids, attention_mask=mask, position_ids=positions, **options).logits
+        if cache in caches:
+            assert caches[cache].get_seq_length() == 24
+        model.runner.sweep()  # on a GPU spans are reported once they have passed
+        computed = [s.sublayer for s in model.runner.trace.spans if s.lane in ("mha", "ffn") and s.number == 1]
+    assert computed == list(order(3))
+    assert (got - expected)[mask.bool()].abs().max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_mask_of_four_dimensions_is_taken_as_it_is(kind: str, tiny_model: Model, device: str) -> None:
+    folder = tiny_model()
+    ids = prompt(2, 12).to(device)
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool, device=device).tril()
+    mask[:, :, 4:, 1] = False  # a token that later ones may not see
+    mask[1, :, :, :3] |= torch.ones(12, 3, dtype=torch.bool, device=device)  # a prefix that sees itself whole
+    additive = torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    given = mask if kind == "bool" else additive
+    expected = open_reference(folder, device)(ids, attention_mask=given).logits
+    with streamed(folder, device) as model:
+        assert (model(ids, attention_mask=given).logits - expected).abs().max() <= 1e-4
+        with pytest.raises(ConfigError, match="biases"):
+            model(ids, attention_mask=additive + 0.5)
+        with pytest.raises(ConfigError, match=r"attention_mask of shape \(2, 11\), expected \(2, 12\)"):
+            model(ids, attention_mask=torch.ones(2, 11, device=device))
+
+
+def test_the_batch_has_room_or_says_what_to_ask_for(tiny_model: Model) -> None:
+    with streamed(tiny_model(), "cpu", context=16) as model:
+        assert model(prompt(4, 4)).logits.shape == (4, 4, 211)
+        with pytest.raises(ConfigError, match=r"4 sequences of 5 tokens, expected at most 16.*batch=4"):
+            model(prompt(4, 5))
+        with pytest.raises(ConfigError, match="no tokens"):
+            model(prompt(1, 0))
+        one = model.runner.plan.fixed_bytes
+    with streamed(tiny_model(), "cpu", context=16, batch=4) as model:
+        assert model(prompt(4, 16)).logits.shape == (4, 16, 211)
+        cache = DynamicCache()
+        model(prompt(4, 16), past_key_values=cache)
+        held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+        assert model.runner.plan.fixed_bytes >= one + held * 3 // 4
+    with pytest.raises(ConfigError, match="batch = 0"):
+        streamed(tiny_model(), "cpu", batch=0)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_memory_that_runs_out_is_a_clear_error(tiny_model: Model) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    with streamed(tiny_model(), "cuda", batch=1 << 20) as model:
+        expected = model(prompt().cuda()).logits
+        rest = torch.empty(int(torch.cuda.mem_get_info()[0] * 0.98), dtype=torch.uint8, device="cuda")
+        with pytest.raises(BudgetError, match="ran out of memory"):
+            model(torch.ones(1 << 14, 200, dtype=torch.long, device="cuda"), use_cache=False)
+        del rest
+        torch.cuda.empty_cache()
+        assert torch.equal(model(prompt().cuda()).logits, expected)
 
 
 @torch.no_grad()

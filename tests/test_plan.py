@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mhaffn.config import ModelConfig, Sublayer, order
 from mhaffn.errors import BudgetError
-from mhaffn.plan import LIBRARY_BYTES, PAGE, STAGING_BYTES, TIERS, Plan, Sizes, Tier, Workload, make_plan
+from mhaffn.plan import CHUNK_TOKENS, LIBRARY_BYTES, PAGE, STAGING_BYTES, TIERS, Plan, Sizes, Tier, Workload, make_plan
 
 WORK = Workload(tokens=16, context=64)
 
@@ -153,7 +153,7 @@ def test_large_budgets_leave_nothing_to_stream() -> None:
 def test_more_budget_never_streams_more() -> None:
     config = model(layers=12, hidden=512, ffn=1000)
     everything, before = sum(images(config).values()), 99
-    ring = make_plan(config, "bfloat16", copies=False, work=WORK).staging_bytes
+    ring = make_plan(config, "bfloat16", copies=False, work=WORK).dram_bytes
     for dram in range(ring, everything + ring + 2, max(everything // 40, 1)):
         count = make_plan(config, "bfloat16", dram=dram, copies=False, work=WORK).count("ssd")
         assert count <= before
@@ -167,7 +167,7 @@ def test_what_stays_on_ssd_is_spread_over_the_pass(layers: int, share: float) ->
     config = model(layers=layers, hidden=512, ffn=683)  # sublayers of 2 MiB, the grain of host memory
     sizes = images(config)
     assert max(sizes.values()) <= 1.2 * min(sizes.values()), "nearly equal, so that counts measure the spread"
-    ring = 3 * max(sizes.values())
+    ring = 3 * max(sizes.values()) + Sizes(config, "bfloat16").fixed(WORK)
     plan = make_plan(
         config, "bfloat16", dram=int(sum(sizes.values()) * share) + ring, copies=False, work=WORK, prefetch=1
     )
@@ -179,6 +179,21 @@ def test_what_stays_on_ssd_is_spread_over_the_pass(layers: int, share: float) ->
         counts = [sum(cycle[i : i + length]) for i in range(len(on_ssd))]
         assert max(counts) <= mean * length + 3
         assert min(counts) >= mean * length - 3
+
+
+def test_without_memory_of_its_own_a_device_computes_from_the_host_budget() -> None:
+    least = make_plan(model(), "bfloat16", copies=False, work=WORK, prefetch=1)
+    assert least.gpu_bytes == 0 and least.dram_bytes > least.fixed_bytes == Sizes(model(), "bfloat16").fixed(WORK)
+    assert make_plan(model(), "bfloat16", dram=least.dram_bytes, copies=False, work=WORK).dram_bytes <= least.dram_bytes
+    with pytest.raises(BudgetError, match=rf"at least .*\({least.dram_bytes} bytes\)"):
+        make_plan(model(), "bfloat16", dram=least.dram_bytes - 1, copies=False, work=WORK)
+
+
+def test_long_prompts_go_through_in_steps() -> None:
+    """Activations grow with the prompt by its hidden states alone once it takes more than one step."""
+    sizes = Sizes(model(), "bfloat16")
+    short, long = (sizes.activations(Workload(tokens=n, context=n)) for n in (CHUNK_TOKENS, 8 * CHUNK_TOKENS))
+    assert long - short == 7 * CHUNK_TOKENS * 4 * model().hidden_size * 2
 
 
 def test_tiers_by_hand() -> None:

