@@ -43,11 +43,11 @@ DirectOption = Annotated[str, typer.Option(help="O_DIRECT, past the page cache: 
 
 def main() -> None:
     """Entry point: errors of ours print one paragraph and exit with 2; ``--debug`` shows the traceback."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments, debug = _without_debug(sys.argv[1:])
     try:
         app(args=arguments)
     except (MhaffnError, OSError) as error:
-        if len(arguments) < len(sys.argv) - 1:
+        if debug:
             traceback.print_exc()
         if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,6 +57,16 @@ def main() -> None:
     except KeyboardInterrupt:
         console.print("interrupted", style="yellow")
         raise SystemExit(130) from None
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """``--debug`` may stand anywhere, but a prompt may be that word too."""
+    kept = [
+        argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+        if argument != "--debug" or before in ("-p", "--prompt")
+    ]
+    return kept, len(kept) < len(arguments)
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -102,6 +112,7 @@ def run(
     direct: DirectOption = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Fail instead of falling back to a slower way.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check a packed store's checksums.")] = True,
+    report: Annotated[bool, typer.Option("--report", help="End with a table: each link's bytes, time, speed.")] = False,
     trace: Annotated[
         Path | None, typer.Option(callback=_writable, help="Write a Chrome/Perfetto trace to this file.")
     ] = None,
@@ -130,6 +141,7 @@ def run(
         temperature=temperature,
         seed=seed,
         trace=trace,
+        table=report,
         console=console,
     )
     if not finished:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from mhaffn.errors import ConfigError, StoreError
 from mhaffn.hf import StreamedLlama, load
-from mhaffn.report import make_report, render
+from mhaffn.reader import ReaderInfo
+from mhaffn.report import Report, engine_line, make_report, render
 from mhaffn.runner import Runner
 from mhaffn.store import Store, resolve
 
@@ -52,9 +53,13 @@ def generate(
     temperature: float,
     seed: int,
     trace: Path | None,
+    table: bool,
     console: Console,
 ) -> bool:
-    """Streams the answer to standard output and everything else to ``console``; False if interrupted."""
+    """Streams the answer to standard output and everything else to ``console``; False if interrupted.
+
+    ``table`` asks for bytes, time and speed of each link beside the summary.
+    """
     folder = resolve(model)
     config = Store.open(folder).config
     tokenizer = open_tokenizer(folder)
@@ -67,16 +72,43 @@ def generate(
     loaded_options = asdict(options) | {"context": context, "tokens": ids.shape[1]}
     with loading(console) as progress, load(folder, **loaded_options, progress=progress) as loaded:
         console.print(loaded.runner.plan.describe(), highlight=False)
-        finished = stream_text(loaded, tokenizer, ids, new_tokens, temperature=temperature, seed=seed)
+        new: list[int] = []
+        finished = stream_text(loaded, tokenizer, ids, new_tokens, temperature=temperature, seed=seed, collect=new)
         runner = loaded.runner
         reports = [make_report(runner.trace, phase) for phase in ("prefill", "decode")]
-        console.print(render(reports, runner.reader_info()))
+        info = runner.reader_info()
+        console.print(render(reports, info) if table else summary(reports, info), highlight=False, soft_wrap=not table)
         if not finished:
             console.print("interrupted", style="yellow")
+        elif len(new) == new_tokens and new[-1] not in _ends(loaded):
+            option = "--max-new-tokens" if new_tokens == max_new_tokens else "--context"
+            console.print(f"stopped at {option} {new_tokens if new_tokens == max_new_tokens else limit}", style="dim")
         if trace is not None:
             runner.trace.write_chrome(trace)
             console.print(f"trace written to {trace}", highlight=False)
     return finished
+
+
+def summary(reports: Iterable[Report | None], info: ReaderInfo) -> str:
+    """What a run was, in a line a phase."""
+    lines = []
+    for report in reports:
+        if report is None:
+            continue
+        read = sum(row.nbytes for row in report.rows if row.lane == "ssd") / report.seconds_per_pass / 2**30
+        ssd = f", SSD {read:.2f} GiB/s" if read else ""
+        lines.append(
+            f"{report.phase}: {report.tokens} tokens, {report.tokens / report.passes / report.seconds_per_pass:.2f} "
+            f"tokens/s, {report.seconds_per_pass:.2f} s a pass{ssd}; busiest: {report.bound_link} "
+            f"({report.share:.0%} of the time)"
+        )
+    return "\n".join([*lines, engine_line(info).strip(), "--report shows each link's bytes, time and speed"])
+
+
+def _ends(model: StreamedLlama) -> list[int]:
+    """The token ids that end a text."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return ends if isinstance(ends, list) else [ends] if ends is not None else []
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

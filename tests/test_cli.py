@@ -61,7 +61,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 def test_run_prints_the_answer_to_stdout_and_the_table_to_stderr(model: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
-    done = command("run", model, "-p", "w5 w6", "--max-new-tokens", 6, "--dram", 0, "--trace", trace)
+    done = command("run", model, "-p", "w5 w6", "--max-new-tokens", 6, "--dram", 0, "--trace", trace, "--report")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(w\d+ ?){6}\n", done.stdout)
     assert "6 on SSD" in done.stderr
@@ -69,6 +69,21 @@ def test_run_prints_the_answer_to_stdout_and_the_table_to_stderr(model: Path, tm
         assert piece in done.stderr
     lanes = {event.get("args", {}).get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"ssd", "mha", "ffn"} <= lanes
+
+
+def test_run_ends_with_a_short_summary(model: Path, here: Here) -> None:
+    code, _, err = here("run", model, "-p", "w5 w6", "--max-new-tokens", 6, "--dram", 0)
+    assert code == 0
+    assert re.search(r"prefill: 4 tokens, [\d.]+ tokens/s, [\d.]+ s a pass, SSD [\d.]+ GiB/s; busiest: ", err)
+    assert re.search(r"decode: 5 tokens, .*engine (io_uring|threads), .*--report", err)
+    assert "stopped at --max-new-tokens 6" in err
+
+
+def test_a_prompt_may_look_like_an_option(model: Path, here: Here) -> None:
+    code, _, err = here("run", model, "-p", "--debug", "--max-new-tokens", 2)
+    assert code == 0 and "decode:" in err
+    code, _, err = here("run", model / "missing", "-p", "w5", "--debug")
+    assert code == 2 and "Traceback" in err
 
 
 def test_raw_leaves_out_the_chat_template(model: Path, here: Here) -> None:
