@@ -1,0 +1,127 @@
+"""A stream whose disk dies, and one that runs for a thousand passes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mhaffn
+from mhaffn.errors import ReadError, TruncatedFileError
+from tests.conftest import Model
+from tests.reader_files import loop_mount
+from tests.test_stream import greedy, load_placed, resident_tokens, rss
+
+FUSE = Path(__file__).with_name("fuse_file.py")
+ENGINES = pytest.mark.parametrize("engine", ["io_uring", "threads"])
+
+
+def streamed(folder: Path, **options: Any) -> mhaffn.StreamedLlama:
+    return mhaffn.load(folder, gpu=None, dram=None, device="cpu", **options)
+
+
+def run_until_it_fails(model: mhaffn.StreamedLlama) -> ReadError:
+    with pytest.raises(ReadError) as caught:
+        for _ in range(50):
+            greedy(model)
+    with pytest.raises(ReadError):  # it stays ended
+        greedy(model)
+    return caught.value
+
+
+@ENGINES
+def test_a_disk_that_loses_its_end_ends_the_pass_and_the_process_goes_on(
+    engine: Any, tiny_model: Model, tmp_path: Path
+) -> None:
+    source = tiny_model(hidden_size=576, intermediate_size=2048)
+    expected = resident_tokens(source)
+    with loop_mount(tmp_path / "loop", 128 << 20, 512) as disk:
+        folder = shutil.copytree(source, disk / "model")
+        os.sync()
+        with streamed(folder, engine=engine) as model:
+            assert greedy(model) == expected
+            os.truncate(tmp_path / "loop" / "image", 1 << 20)
+            error = run_until_it_fails(model)
+        assert not isinstance(error, TruncatedFileError)
+        assert "model.safetensors" in str(error) and error.errno
+    with streamed(source, engine=engine) as model:
+        assert greedy(model) == expected
+
+
+@contextmanager
+def fuse_file(tmp_path: Path, backing: Path, flag: Path) -> Iterator[Path]:
+    """The path of a file that reads as ``backing`` and fails while ``flag`` is there."""
+    if os.geteuid() != 0 or not Path("/dev/fuse").exists():
+        pytest.skip("a FUSE mount needs root and /dev/fuse")
+    point = tmp_path / "fuse"
+    point.mkdir()
+    server = subprocess.Popen([sys.executable, FUSE, point, backing, flag], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 20
+        while not os.path.ismount(point):
+            if server.poll() is not None:
+                pytest.skip(f"no FUSE mount here: {server.communicate()[1].splitlines()[-1]}")
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield point / "file"
+    finally:
+        subprocess.run(["umount", "-l", point], check=False, capture_output=True)
+        server.kill()
+        server.wait()
+
+
+@ENGINES
+def test_a_file_system_that_fails_and_recovers(engine: Any, tiny_model: Model, tmp_path: Path) -> None:
+    source, flag = tiny_model(), tmp_path / "fail"
+    expected = resident_tokens(source)
+    with fuse_file(tmp_path, source / "model.safetensors", flag) as path:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        for file in source.iterdir():
+            (folder / file.name).symlink_to(path if file.suffix == ".safetensors" else file)
+        with streamed(folder, engine=engine) as model:
+            assert greedy(model) == expected
+            flag.touch()
+            assert "Input/output error" in str(run_until_it_fails(model))
+        flag.unlink()
+        with streamed(folder, engine=engine) as model:
+            assert greedy(model) == expected
+
+
+@pytest.mark.slow
+def test_a_thousand_passes_leave_nothing_behind(tiny_model: Model, device: str) -> None:
+    """No growth of memory, descriptors, threads or GPU memory, every tier in use."""
+    folder = tiny_model(num_hidden_layers=2)
+    ids = torch.tensor([[5, 17, 101]], device=device)
+    tiers: Any = ("ssd", "dram", "ssd", "gpu") if device == "cuda" else ("ssd", "dram", "ssd", "ssd")
+    with load_placed(folder, tiers, device=device) as model, torch.inference_mode():
+        expected = model(ids).logits
+        for _ in range(300):  # until the trace's and the allocators' own sizes have settled
+            model(ids)
+        before = held(device)
+        for _ in range(1000):
+            assert torch.equal(model(ids).logits, expected)
+        after = held(device)
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown.pop("rss") < 6 << 20, grown  # a trace span is about 0.3 kB
+    assert not any(grown.values()), grown
+
+
+def held(device: str) -> dict[str, int]:
+    gc.collect()
+    fds, threads = (len(list(Path("/proc/self", name).iterdir())) for name in ("fd", "task"))
+    found = {"rss": rss(), "fds": fds, "threads": threads}
+    if device == "cuda":
+        torch.cuda.synchronize()
+        found["gpu"] = torch.cuda.memory_reserved()
+    return found
