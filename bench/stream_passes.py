@@ -5,9 +5,10 @@
 
 Writes a random model of eight real-width layers into the folder (and removes it), so the folder's disk is the SSD
 that is measured; more layers are those eight again. The bound of a mix is the greatest of: bytes read over the SSD's
-speed, bytes copied over the link's speed, compute with everything resident. Links are measured alone by turns with
-the passes, because a shared machine drifts; the best of a row's turns counts. ``--whole`` runs the published number
-of layers within budgets, placed by the plan, and compares with the plan's prediction.
+speed, bytes copied over the link's speed, compute with everything resident. Because a shared machine drifts, links are
+measured alone by turns with the passes, and each turn is held against the links just before and after it; ratios are
+medians over turns. ``--whole`` runs the published number of layers within budgets, placed by the plan, and compares
+with the plan's prediction.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,13 @@ import torch
 from random_model import SHAPES, write_random_model
 from transformers import AutoConfig
 
-from mhaffn.config import KINDS, Sublayer, order, parse_bytes
+from mhaffn.config import KINDS, Kind, Sublayer, order, parse_bytes
 from mhaffn.device import choose_device
 from mhaffn.hf import StreamedLlama
 from mhaffn.image import Image
 from mhaffn.machine import describe
 from mhaffn.plan import Plan, Tier, Workload, make_plan
 from mhaffn.reader import PinnedArena, Reader, Request
-from mhaffn.report import make_report
 from mhaffn.runner import Runner
 from mhaffn.simulate import Links, Work, predict
 from mhaffn.store import Store
@@ -48,12 +49,20 @@ Tiers = Mapping[Sublayer, Tier]
 
 
 @dataclass(frozen=True)
+class Compute:
+    """Seconds of compute alone: a pass, and a sublayer of each kind."""
+
+    pass_s: float
+    of: Mapping[Kind, float]
+
+
+@dataclass(frozen=True)
 class Mix:
-    """A placement and a pass over it."""
+    """A placement, and the numbers of tokens that passes over it take."""
 
     name: str
     tiers: Tiers
-    tokens: int
+    tokens: tuple[int, ...]
 
 
 def main() -> None:
@@ -101,17 +110,18 @@ def repeated(store: Store, layers: int) -> Store:
 
 
 def measured(store: Store, prompts: list[int], passes: int) -> Iterator[dict[str, Any]]:
-    """A row for each mix of tiers."""
+    """A row for each mix of tiers and each number of tokens."""
     layers = store.config.num_layers
     resident: Tier = "gpu" if CUDA else "dram"
-    compute: dict[int, dict[Sublayer, float]] = {}
-    bounds: dict[int, float] = {}
+    compute: dict[int, Compute] = {}
     with load(store, dict.fromkeys(order(layers), resident), max([1, *prompts])) as model:
         for tokens in (1, *prompts):
-            bounds[tokens] = min(seconds_of(partial(run, model, tokens), 2 if tokens > 4096 else passes))
-            compute[tokens] = compute_seconds(model)
+            samples = [
+                seconds_a_pass(partial(run, model, tokens), 1 if tokens > 4096 else passes) for _ in range(TURNS)
+            ]
+            compute[tokens] = Compute(min(samples), compute_seconds(model))
     for mix in mixes(layers, prompts):
-        yield measure(store, mix, passes, bounds[mix.tokens], compute[mix.tokens])
+        yield from measure(store, mix, passes, compute)
 
 
 def mixes(layers: int, prompts: list[int]) -> Iterator[Mix]:
@@ -120,61 +130,67 @@ def mixes(layers: int, prompts: list[int]) -> Iterator[Mix]:
     def every(n: int, one: Tier, rest: Tier) -> Tiers:
         return {s: one if s.layer % n == n - 1 else rest for s in sublayers}
 
-    yield Mix("SSD only", dict.fromkeys(sublayers, "ssd"), 1)
-    yield Mix("half DRAM, half SSD", every(2, "ssd", "dram"), 1)
+    yield Mix("SSD only", dict.fromkeys(sublayers, "ssd"), (1,))
+    yield Mix("half DRAM, half SSD", every(2, "ssd", "dram"), (1,))
     if CUDA:
-        yield Mix("DRAM only", dict.fromkeys(sublayers, "dram"), 1)
-        yield Mix("a third GPU, rest DRAM", every(3, "gpu", "dram"), 1)
-    for tokens in prompts:
-        if CUDA:
-            yield Mix("DRAM only", dict.fromkeys(sublayers, "dram"), tokens)
-        if tokens <= 4096:
-            yield Mix("SSD only", dict.fromkeys(sublayers, "ssd"), tokens)
+        yield Mix("a third GPU, rest DRAM", every(3, "gpu", "dram"), (1,))
+        yield Mix("DRAM only", dict.fromkeys(sublayers, "dram"), (1, *prompts))
 
 
-def measure(
-    store: Store, mix: Mix, passes: int, compute_bound_s: float, compute: Mapping[Sublayer, float]
-) -> dict[str, Any]:
+def measure(store: Store, mix: Mix, passes: int, compute: Mapping[int, Compute]) -> Iterator[dict[str, Any]]:
     """Passes of one mix by turns with its links alone."""
     nbytes = {s: store.sublayers[s].nbytes for s in mix.tiers}
     read = sum(nbytes[s] for s, tier in mix.tiers.items() if tier == "ssd")
     copied = sum(nbytes[s] for s, tier in mix.tiers.items() if tier != "gpu") if CUDA else 0
-    ssd: list[float] = []
-    h2d: list[float] = []
+    with load(store, mix.tiers, max(mix.tokens)) as model:
+        for tokens in mix.tokens:
+            work = partial(run, model, tokens)
+            work()
+            peak = torch.cuda.max_memory_reserved() if CUDA else 0  # before links alone take memory of their own
+            samples: list[float] = []
+            ssd: list[float] = []
+            h2d: list[float] = []
+            for turn in range(TURNS + 1):
+                wait_for_prefetch(model)
+                ssd += [ssd_speed(store)] if read else []
+                h2d += [h2d_speed()] if copied else []
+                if turn < TURNS:
+                    samples.append(seconds_a_pass(work, passes if tokens <= 4096 else 1))
+            plan, info = model.runner.plan, model.runner.reader_info()
+            links = {
+                "ssd": [read / speed for speed in between(ssd)] or [0.0],
+                "h2d": [copied / speed for speed in between(h2d)] or [0.0],
+                "compute": [compute[tokens].pass_s],
+            }
+            bounds = {link: statistics.median(times) for link, times in links.items()}
+            link = max(bounds, key=lambda key: bounds[key])
+            turns = links[link] * TURNS if len(links[link]) == 1 else links[link]
+            ratios = [sample / bound for sample, bound in zip(samples, turns, strict=True)]
+            speeds = Links(statistics.median(ssd) if read else 1e12, statistics.median(h2d) if copied else None)
+            steps = {s: Work(nbytes[s], compute[tokens].of[s.kind]) for s in mix.tiers}
+            seconds = statistics.median(samples)
+            yield {
+                "layers": store.config.num_layers, "mix": mix.name, "tokens": tokens, "seconds": seconds,
+                "samples": samples, "bounds": bounds, "bound_link": link, "ratio": statistics.median(ratios),
+                "ratios": ratios, "predicted": predict(plan, steps, speeds).seconds,
+                "gib_per_s": sum(nbytes.values()) / seconds / 2**30, "ssd_alone": ssd, "h2d_alone": h2d,
+                "ssd_busy": ssd_busy(model), "planned_gpu_bytes": plan.gpu_bytes, "peak_gpu_bytes": peak,
+                "engine": info.engine, "direct": info.direct,
+            }  # fmt: skip
 
-    def alone() -> None:
-        if read:
-            ssd.append(ssd_speed(store))
-        if copied:
-            h2d.append(h2d_speed())
 
-    samples = []
-    alone()
-    with load(store, mix.tiers, mix.tokens) as model:
-        plan = model.runner.plan
-        run(model, mix.tokens)
-        for _ in range(TURNS):
-            samples += seconds_of(partial(run, model, mix.tokens), passes if mix.tokens <= 4096 else 1, turns=1)
-            wait_for_prefetch(model)
-            alone()
-        info = model.runner.reader_info()
-        peak = torch.cuda.max_memory_reserved() if CUDA else 0
-    bounds = {
-        "ssd": read / max(ssd) if read else 0.0,
-        "h2d": copied / max(h2d) if copied else 0.0,
-        "compute": compute_bound_s,
-    }
-    seconds = statistics.median(samples)
-    link = max(bounds, key=lambda key: bounds[key])
-    links = Links(statistics.median(ssd) if read else 1e12, statistics.median(h2d) if CUDA and copied else None)
-    work = {s: Work(nbytes[s], compute[s]) for s in mix.tiers}
-    return {
-        "layers": store.config.num_layers, "mix": mix.name, "tokens": mix.tokens, "seconds": seconds,
-        "samples": samples, "bounds": bounds, "bound_link": link, "ratio": seconds / bounds[link],
-        "predicted": predict(plan, work, links).seconds if links.h2d or not CUDA else None,
-        "gib_per_s": sum(nbytes.values()) / seconds / 2**30, "ssd_alone": ssd, "h2d_alone": h2d,
-        "planned_gpu_bytes": plan.gpu_bytes, "peak_gpu_bytes": peak, "engine": info.engine, "direct": info.direct,
-    }  # fmt: skip
+def between(speeds: list[float]) -> list[float]:
+    """The speed during each turn: the harmonic mean of those measured before and after it."""
+    return [2 / (1 / before + 1 / after) for before, after in pairwise(speeds)]
+
+
+def ssd_busy(model: StreamedLlama) -> float:
+    """The share of the last pass's time in which some read was under way."""
+    trace = model.runner.trace
+    last = trace.passes[-1]
+    spans = [s for s in list(trace.spans) if s.lane == "ssd"]
+    busy = sum(max(0.0, min(s.end_s, last.end_s) - max(s.start_s, last.start_s)) for s in spans)
+    return busy / (last.end_s - last.start_s)
 
 
 def whole(store: Store, layers: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -185,22 +201,20 @@ def whole(store: Store, layers: int, options: argparse.Namespace) -> dict[str, A
     print(plan.describe(), flush=True)
     sample = repeated(store, DISTINCT)
     with load(sample, dict.fromkeys(order(DISTINCT), "gpu" if CUDA else "dram"), 1) as model:
-        seconds_of(partial(run, model, 1), 3)
-        kinds = {s.kind: seconds for s, seconds in compute_seconds(model).items()}
-    compute = {s: kinds[s.kind] for s in order(layers)}
-    row = measure(
-        store, Mix(f"GPU {options.gpu}, DRAM {options.dram}", plan.tiers, 1), 1, sum(compute.values()), compute
-    )
+        seconds_a_pass(partial(run, model, 1), 3)
+        kinds = compute_seconds(model)
+    mix = Mix(f"GPU {options.gpu}, DRAM {options.dram}", plan.tiers, (1,))
+    (row,) = measure(store, mix, 1, {1: Compute(layers * sum(kinds.values()), kinds)})
     return row | {"gpu_budget": gpu, "dram_budget": dram, "predicted_over_measured": row["predicted"] / row["seconds"]}
 
 
 def line(row: Mapping[str, Any]) -> str:
     bounds = row["bounds"]
-    predicted = f"predicted {row['predicted']:.4f}" if row["predicted"] else ""
     return (
         f"{row['layers']:2} layers, {row['mix']:24} T={row['tokens']:5} {row['seconds']:8.4f} s/pass  "
-        f"bound {bounds[row['bound_link']]:8.4f} ({row['bound_link']}) ratio {row['ratio']:.3f}  {predicted}  "
-        f"{row['gib_per_s']:6.2f} GiB/s  GPU {row['peak_gpu_bytes'] / 2**30:.2f} of "
+        f"bound {bounds[row['bound_link']]:8.4f} ({row['bound_link']}) ratio {row['ratio']:.3f}  "
+        f"predicted {row['predicted']:.4f}  "
+        f"{row['gib_per_s']:6.2f} GiB/s  SSD busy {row['ssd_busy']:.0%}  GPU {row['peak_gpu_bytes'] / 2**30:.2f} of "
         f"{row['planned_gpu_bytes'] / 2**30:.2f} GiB planned"
     )
 
@@ -228,34 +242,25 @@ def run(model: StreamedLlama, tokens: int) -> None:
     model(torch.randint(3, 900, (1, tokens), device=model.device), use_cache=False, logits_to_keep=1)
 
 
-def seconds_of(work: Callable[[], None], passes: int, turns: int = TURNS) -> list[float]:
-    """Seconds of a steady pass, turn by turn: several in a row between two synchronised points."""
+def seconds_a_pass(work: Callable[[], None], passes: int) -> float:
+    """Seconds of a steady pass: several in a row between two synchronised points, one before them."""
     work()
-    samples = []
-    for _ in range(turns):
-        settle()
-        started = time.perf_counter()
-        for _ in range(passes):
-            work()
-        settle()
-        samples.append((time.perf_counter() - started) / passes)
-    return samples
+    settle()
+    started = time.perf_counter()
+    for _ in range(passes):
+        work()
+    settle()
+    return (time.perf_counter() - started) / passes
 
 
-def compute_seconds(model: StreamedLlama) -> dict[Sublayer, float]:
-    """Seconds of compute of each sublayer in the last kind of pass the model ran, everything resident."""
-    model.runner.sweep()
+def compute_seconds(model: StreamedLlama) -> dict[Kind, float]:
+    """Seconds of compute of a sublayer of each kind, in passes like the last one; everything resident."""
     trace = model.runner.trace
-    phase = next(item.phase for item in reversed(trace.passes) if item.phase != "sweep")
-    report = make_report(trace, phase)
-    assert report is not None
-    tokens = trace.passes[-2].tokens
-    spans = {item.number for item in trace.passes if item.tokens == tokens and item.phase == phase}
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for span in trace.spans:
-        if span.number in spans and span.lane in KINDS:
-            found[span.lane].append(span.end_s - span.start_s)
-    return {s: statistics.median(found[s.kind]) for s in model.runner.plan.tiers}
+    last = trace.passes[-1]
+    model.runner.sweep()  # on a GPU spans are reported once they have passed
+    alike = {item.number for item in trace.passes if (item.tokens, item.phase) == (last.tokens, last.phase)}
+    spans = [span for span in trace.spans if span.number in alike]
+    return {kind: statistics.median(s.end_s - s.start_s for s in spans if s.lane == kind) for kind in KINDS}
 
 
 def wait_for_prefetch(model: StreamedLlama) -> None:

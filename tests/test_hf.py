@@ -314,7 +314,7 @@ def test_copies_overlap_compute(tiny_model: Model) -> None:
                         num_key_value_heads=4, num_hidden_layers=8, max_position_embeddings=4096)  # fmt: skip
     ids = prompt(4, 2048).cuda()
     tiers = dict.fromkeys(order(8), "dram")
-    with mhaffn.load(folder, gpu=None, dram=None, device="cuda", tiers=tiers) as model:
+    with mhaffn.load(folder, gpu=None, dram=None, device="cuda", tiers=tiers, batch=4) as model:
         for _ in range(3):
             model(ids, use_cache=False)
         model.runner.sweep()
