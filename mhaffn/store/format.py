@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from mhaffn.config import SUPPORTED, Kind, ModelConfig, Sublayer, order
-from mhaffn.errors import CorruptFileError, StoreError, UnsupportedModelError
+from mhaffn.errors import CorruptFileError, MhaffnError, StoreError, TruncatedFileError, UnsupportedModelError
 from mhaffn.files import read_json_object, shown
-from mhaffn.store.manifest import RESIDENT_KEY, UNFINISHED_NAME, Manifest
+from mhaffn.store.manifest import RESIDENT_KEY, Manifest, refuse_unfinished
 from mhaffn.store.safetensors import TensorInfo, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -100,38 +100,59 @@ class Store:
         of the most bytes. Raises :class:`ConfigError`, :class:`UnsupportedModelError`, :class:`StoreError`,
         :class:`CorruptFileError` or :class:`TruncatedFileError`.
         """
-        folder = Path(folder)
-        if os.path.lexists(folder / UNFINISHED_NAME):
-            raise StoreError(
-                f"{folder} is an unfinished pack. Run the same `mhaffn pack` again: it goes on from there."
-            )
-        config = ModelConfig.from_folder(folder)
-        tensors = _tensors(folder)
-        if config.tie_word_embeddings and RESIDENT_NAMES["head"] in tensors:
-            # Written with a head of its own, which may differ from the embedding: the bytes decide.
-            config = replace(config, tie_word_embeddings=False)
-        manifest = Manifest.read(folder)
+        store, damaged = survey(folder, any_dtype=any_dtype)
+        for error in damaged.values():
+            raise error
+        return store
+
+    def places(self) -> dict[Path, int]:
+        """Bytes of sublayers by the folder they really lie in, links followed, in pass order."""
+        nbytes = Counter[Path]()
+        for records in self.sublayers.values():
+            for tensor in records.tensors:
+                nbytes[Path(tensor.path).resolve().parent] += tensor.nbytes
+        return dict(nbytes)
+
+
+def survey(folder: str | Path, *, any_dtype: bool = False) -> tuple[Store, dict[str, MhaffnError]]:
+    """The store in ``folder`` as far as its headers stand, and what is wrong with each other part.
+
+    Parts are named as in the manifest: ``"<layer>.<kind>"`` and ``"resident"``; a tensor that belongs to no
+    part goes by its own name. Raises as :meth:`Store.open` where the folder as a whole cannot be used.
+    """
+    folder = Path(folder)
+    refuse_unfinished(folder)
+    config = ModelConfig.from_folder(folder)
+    manifest = Manifest.read(folder)
+    checkpoint = _Checkpoint.read(folder, manifest)
+    if config.tie_word_embeddings and checkpoint.names(RESIDENT_NAMES["head"]):
+        # Written with a head of its own, which may differ from the embedding: the bytes decide.
+        config = replace(config, tie_word_embeddings=False)
+    damaged: dict[str, MhaffnError] = {}
+    sublayers: dict[Sublayer, SublayerRecords] = {}
+    resident: dict[str, TensorInfo] = {}
+    resident_checksum = None
+    try:
         resident = {
-            name: _checked(folder, tensors, RESIDENT_NAMES[name], shape)
-            for name, shape in config.resident_shapes().items()
+            name: checkpoint.find(RESIDENT_NAMES[name], shape) for name, shape in config.resident_shapes().items()
         }
-        sublayers = {
-            sublayer: _sublayer(folder, tensors, config, sublayer, manifest) for sublayer in order(config.num_layers)
-        }
-        dtype = _dtype(folder, [*resident.values(), *(t for s in sublayers.values() for t in s.tensors)], any_dtype)
-        if manifest is not None and manifest.dtype != dtype:
-            raise CorruptFileError(
-                f"{folder}: got weights in {dtype}, expected {manifest.dtype}, as the manifest says. Pack it again."
-            )
-        return Store(
-            path=folder,
-            config=config,
-            dtype=dtype,
-            sublayers=sublayers,
-            resident=resident,
-            packed=manifest is not None,
-            resident_checksum=manifest.checksum(folder, RESIDENT_KEY) if manifest else None,
-        )
+        resident_checksum = manifest.checksum(folder, RESIDENT_KEY) if manifest else None
+    except (StoreError, TruncatedFileError) as error:
+        resident, damaged[RESIDENT_KEY] = {}, error
+    for sublayer in order(config.num_layers):
+        try:
+            sublayers[sublayer] = _sublayer(checkpoint, config, sublayer)
+        except (StoreError, TruncatedFileError) as error:
+            damaged[sublayer.key] = error
+    names = {
+        tensor_name(sublayer, weight) for sublayer in order(config.num_layers) for weight in TENSOR_NAMES[sublayer.kind]
+    }
+    damaged |= checkpoint.broken_besides(names | set(RESIDENT_NAMES.values()))
+    found = [*resident.values(), *(t for records in sublayers.values() for t in records.tensors)]
+    if not found and manifest is None:
+        raise next(iter(damaged.values()))
+    dtype = manifest.dtype if manifest is not None else _dtype(folder, found, any_dtype)
+    return Store(folder, config, dtype, sublayers, resident, manifest is not None, resident_checksum), damaged
 
 
 def tensor_name(sublayer: Sublayer, weight: str) -> str:
@@ -139,27 +160,90 @@ def tensor_name(sublayer: Sublayer, weight: str) -> str:
     return f"model.layers.{sublayer.layer}.{TENSOR_NAMES[sublayer.kind][weight]}"
 
 
-def _tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint by name; with an index, only from the shard it names."""
-    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
-    if os.path.lexists(index):
-        weight_map = _weight_map(index)
-        shards = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
-        found = {(shard, t.name): t for shard, header in shards.items() for t in header.tensors}
-        for name, shard in weight_map.items():
-            if (shard, name) not in found:
-                raise CorruptFileError(
-                    f"{index}: got tensor {shown(name)} in {shown(shard)}, but that file does not hold it. "
-                    f"{_DOWNLOAD_AGAIN}"
-                )
-        return {name: found[shard, name] for name, shard in weight_map.items()}
-    if os.path.lexists(single):
-        return {tensor.name: tensor for tensor in read_header(single).tensors}
-    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".gguf", ".bin", ".pth", ".pt"))
-    hint = f" It holds {', '.join(map(shown, others[:3]))}; `mhaffn pack` reads GGUF files." if others else ""
-    raise StoreError(
-        f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.{hint} Download the model's safetensors files."
-    )
+class _Checkpoint:
+    """The tensors of a folder by name; where a file cannot be used, the error instead of its tensors."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest | None,
+        tensors: Mapping[str, TensorInfo],
+        broken: Mapping[str, MhaffnError],
+        whole: MhaffnError | None = None,
+    ) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._tensors, self._broken, self._whole = tensors, broken, whole
+
+    @staticmethod
+    def read(folder: Path, manifest: Manifest | None) -> _Checkpoint:
+        """Every header in ``folder``; with an index, tensors only from the shard it names for them."""
+        index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+        if os.path.lexists(index):
+            return _Checkpoint(folder, manifest, *_indexed(folder, index))
+        if os.path.lexists(single):
+            try:
+                return _Checkpoint(folder, manifest, {t.name: t for t in read_header(single).tensors}, {})
+            except (StoreError, TruncatedFileError) as error:
+                return _Checkpoint(folder, manifest, {}, {}, whole=error)
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".gguf", ".bin", ".pth", ".pt"))
+        hint = f" It holds {', '.join(map(shown, others[:3]))}; `mhaffn pack` reads GGUF files." if others else ""
+        raise StoreError(
+            f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.{hint} Download the model's safetensors files."
+        )
+
+    def names(self, name: str) -> bool:
+        """Whether there is, or should be, a tensor of that name."""
+        return name in self._tensors or name in self._broken
+
+    def find(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """The tensor, of that shape and, in a packed store, of its dtype."""
+        error = self._whole or self._broken.get(name)
+        if error is not None:
+            raise error
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise CorruptFileError(
+                f"{self.folder}: got no tensor {name}, expected one of shape {list(shape)}. {_DOWNLOAD_AGAIN}"
+            )
+        if tensor.shape != shape:
+            raise CorruptFileError(
+                f"{tensor.path}: got tensor {name} of shape {shown(list(tensor.shape))}, expected {list(shape)}, as "
+                f"config.json says. {_DOWNLOAD_AGAIN}"
+            )
+        if self.manifest is not None and TORCH_DTYPES.get(tensor.dtype) != self.manifest.dtype:
+            raise CorruptFileError(
+                f"{tensor.path}: got weights in {TORCH_DTYPES.get(tensor.dtype, tensor.dtype)}, expected "
+                f"{self.manifest.dtype}, as the manifest says. Pack it again."
+            )
+        return tensor
+
+    def broken_besides(self, names: set[str]) -> dict[str, MhaffnError]:
+        """What is wrong with tensors of other names."""
+        return {name: error for name, error in self._broken.items() if name not in names}
+
+
+def _indexed(folder: Path, index: Path) -> tuple[dict[str, TensorInfo], dict[str, MhaffnError]]:
+    weight_map = _weight_map(index)
+    found: dict[str, dict[str, TensorInfo]] = {}
+    unread: dict[str, MhaffnError] = {}
+    for shard in sorted(set(weight_map.values())):
+        try:
+            found[shard] = {tensor.name: tensor for tensor in read_header(folder / shard).tensors}
+        except (StoreError, TruncatedFileError) as error:
+            unread[shard] = error
+    tensors: dict[str, TensorInfo] = {}
+    broken: dict[str, MhaffnError] = {}
+    for name, shard in weight_map.items():
+        if shard in unread:
+            broken[name] = unread[shard]
+        elif name in found[shard]:
+            tensors[name] = found[shard][name]
+        else:
+            broken[name] = CorruptFileError(
+                f"{index}: got tensor {shown(name)} in {shown(shard)}, but that file does not hold it. "
+                f"{_DOWNLOAD_AGAIN}"
+            )
+    return tensors, broken
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -180,30 +264,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _sublayer(
-    folder: Path, tensors: Mapping[str, TensorInfo], config: ModelConfig, sublayer: Sublayer, manifest: Manifest | None
-) -> SublayerRecords:
+def _sublayer(checkpoint: _Checkpoint, config: ModelConfig, sublayer: Sublayer) -> SublayerRecords:
     records = [
-        Record(name, "plain", {"values": _checked(folder, tensors, tensor_name(sublayer, name), shape)})
+        Record(name, "plain", {"values": checkpoint.find(tensor_name(sublayer, name), shape)})
         for name, shape in config.sublayer_shapes(sublayer.kind).items()
     ]
     records.sort(key=lambda record: (record.values.path, record.values.offset))
-    checksum = manifest.checksum(folder, sublayer.key) if manifest else None
+    manifest = checkpoint.manifest
+    checksum = manifest.checksum(checkpoint.folder, sublayer.key) if manifest else None
     return SublayerRecords(sublayer, tuple(records), checksum)
-
-
-def _checked(folder: Path, tensors: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) -> TensorInfo:
-    tensor = tensors.get(name)
-    if tensor is None:
-        raise CorruptFileError(
-            f"{folder}: got no tensor {name}, expected one of shape {list(shape)}. {_DOWNLOAD_AGAIN}"
-        )
-    if tensor.shape != shape:
-        raise CorruptFileError(
-            f"{tensor.path}: got tensor {name} of shape {shown(list(tensor.shape))}, expected {list(shape)}, as "
-            f"config.json says. {_DOWNLOAD_AGAIN}"
-        )
-    return tensor
 
 
 def _dtype(folder: Path, tensors: list[TensorInfo], any_dtype: bool) -> str:

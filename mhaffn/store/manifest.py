@@ -12,13 +12,15 @@ in file order.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mhaffn.config import DTYPES
-from mhaffn.errors import CorruptFileError
+from mhaffn.errors import CorruptFileError, StoreError
 from mhaffn.files import read_json_object, shown
 
 NAME = "mhaffn.json"
@@ -77,3 +79,35 @@ class Manifest:
             "checksums": dict(self.checksums),
         }
         return json.dumps(values, indent=1) + "\n"
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raises :class:`StoreError`, with the command that goes on, where ``folder`` is an unfinished pack or holds
+    a part of one."""
+    path = folder / UNFINISHED_NAME
+    if not os.path.lexists(path):
+        return
+    try:
+        command = _pack_command(folder, read_json_object(path, CorruptFileError, _PACK_AGAIN))
+    except (CorruptFileError, FileNotFoundError):
+        command = None
+    again = f"`{command}` goes on from there" if command else "Run the same `mhaffn pack` again: it goes on from there"
+    raise StoreError(f"{folder} is an unfinished pack. {again}.")
+
+
+def _pack_command(folder: Path, values: Mapping[str, object]) -> str | None:
+    """The command that finishes the pack which wrote ``values``; None where they are not all strings to show."""
+    source, target, dtype = values.get("source"), values.get("store", os.fspath(folder)), values.get("dtype")
+    words: list[object] = ["mhaffn", "pack", source, target, "--dtype", dtype, *place_options(values.get("places"))]
+    if not all(isinstance(word, str) and word.isprintable() for word in words):
+        return None
+    return shlex.join(map(str, words))
+
+
+def place_options(places: object) -> list[object]:
+    """The options of `mhaffn pack` for ``places``: None, or a list of folders by "mha", "ffn" or "stripe"."""
+    options: list[object] = []
+    for kind, folders in places.items() if isinstance(places, Mapping) else ():
+        options.append(f"--{kind}" if kind == "stripe" else f"--{kind}-dir")
+        options += folders if isinstance(folders, list) else []
+    return options

@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 from mhaffn.errors import StoreError
+from mhaffn.store.manifest import refuse_unfinished
 
 
 def resolve(model: str | Path) -> Path:
     """The folder of ``model``: a path, or a hub id (``org/name``) found in the local cache.
 
-    Nothing is downloaded. Raises :class:`StoreError` with what to do when there is no such folder.
+    Nothing is downloaded. Raises :class:`StoreError` with what to do when there is no such folder, or when it
+    is an unfinished pack.
     """
     name = os.fspath(model)
     try:
@@ -19,6 +21,7 @@ def resolve(model: str | Path) -> Path:
     except RuntimeError as error:
         raise StoreError(f"{name}: {error}. Give the folder's whole path.") from error
     if path.is_dir():
+        refuse_unfinished(path)
         return path
     if path.suffix.lower() == ".gguf":
         problem = "is a GGUF file: make a store of it first" if path.is_file() else "does not exist"

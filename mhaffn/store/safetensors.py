@@ -60,6 +60,11 @@ def read_header(path: str | Path) -> FileHeader:
             size = os.fstat(file.fileno()).st_size
             header = _header_bytes(file, path, size)
     except FileNotFoundError:
+        if Path(path).is_symlink():
+            raise StoreError(
+                f"{path} is a link to {shown(os.fspath(Path(path).readlink()))}, which does not exist. Mount the disk "
+                f"it lies on, or fetch the missing file again."
+            ) from None
         raise StoreError(f"{path} does not exist. Fetch the missing file, or download the model again.") from None
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}. Fetch the file again.") from error

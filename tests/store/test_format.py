@@ -285,4 +285,4 @@ def test_without_its_manifest_a_packed_store_is_a_model_folder_still(packed: Pat
 def test_a_packed_store_of_other_weights(packed: Path) -> None:
     path = packed / "layer-001-ffn.safetensors"
     save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path)
-    refused(packed, UnsupportedModelError, "BF16, F32")
+    refused(packed, CorruptFileError, path.name, "got weights in float32, expected bfloat16")
