@@ -7,14 +7,16 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 import mhaffn
+from mhaffn.config import format_bytes
 from mhaffn.errors import ConfigError, MhaffnError
 
 app = typer.Typer(
@@ -148,18 +150,50 @@ def run(
         raise typer.Exit(130)
 
 
-@app.command()
+class _PackCommand(typer.core.TyperCommand):
+    """Takes `--stripe A B C` as well as `--stripe A --stripe B --stripe C`; the parser knows only the second."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spelled: list[str] = []
+        for argument in args:
+            more = not argument.startswith("-") and len(spelled) > 1 and spelled[-2] == "--stripe"
+            spelled += ["--stripe", argument] if more else [argument]
+        return super().parse_args(ctx, spelled)
+
+
+@app.command(cls=_PackCommand)
 def pack(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors files, or a .gguf file.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write; new, or an unfinished pack of the same model.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A Hugging Face folder with safetensors files, or a .gguf file.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="The folder to write; new, or an unfinished pack of the same model.")
+    ],
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32; by default the source's (GGUF: bfloat16).")
+    ] = None,
+    mha_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Put the MHA sublayers' files into this folder.")
+    ] = None,
+    ffn_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Put the FFN sublayers' files into this folder.")
+    ] = None,
+    stripe: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR…", help="Spread sublayers over two folders or more, each on a disk of its own."),
     ] = None,
 ) -> None:
     """Write a packed store: aligned, one file a sublayer, with checksums. Still a folder transformers opens.
 
-    Killed at any point, the same command goes on where it stopped. Not needed for Hugging Face folders –
-    `mhaffn run` reads them in place – but GGUF files must be packed.
+    Killed at any point, the same command goes on where it stopped.
+
+    GGUF files must be packed. Hugging Face folders need not be: `mhaffn run` reads them in place.
+
+    Several disks are read at once. DST then holds links to what lies in other folders, and is what to run:
+
+        mhaffn pack SRC DST --stripe /mnt/a/llama /mnt/b/llama
+
+        mhaffn pack SRC DST --ffn-dir /mnt/fast/llama
     """
     from mhaffn.store import PackProgress
     from mhaffn.store import pack as write_store
@@ -171,8 +205,16 @@ def pack(
         def show(progress: PackProgress) -> None:
             bar.update(task, description=progress.file, completed=progress.done_bytes, total=progress.total_bytes)
 
-        store = write_store(source, target, dtype=dtype, progress=show)
-    console.print(f"packed {len(store.sublayers)} sublayers in {store.dtype} into {target}", highlight=False)
+        store = write_store(
+            source, target, dtype=dtype, mha_dir=mha_dir, ffn_dir=ffn_dir, stripe=stripe or (), progress=show
+        )
+    lines = [f"packed {len(store.sublayers)} sublayers in {store.dtype} into {target}"]
+    places = store.places()
+    if len(places) > 1:
+        lines += [f"  {format_bytes(nbytes)} in {folder}" for folder, nbytes in places.items()]
+    if len(places) > len({folder.stat().st_dev for folder in places}):
+        lines.append("  folders on one device among these: they share its speed")
+    console.print(_escape("\n".join(lines)), soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import mhaffn.cli
 from mhaffn.store import pack
 from tests.conftest import Model
+from tests.store.killed import pack_and_die
 
 Here = Callable[..., tuple[int, str, str]]
 MHAFFN = [sys.executable, "-c", "from mhaffn.cli import main; main()"]
@@ -167,7 +168,40 @@ def test_pack_writes_a_store_and_refuses_a_full_folder(tiny_model: Model, tmp_pa
     code, _, err = here("pack", tiny_model(), tmp_path / "store", "--dtype", "bfloat16")
     assert code == 0 and "packed 6 sublayers in bfloat16" in err
     code, _, err = here("pack", tiny_model(), tmp_path / "store")
-    assert code == 2 and "is not empty" in err
+    assert code == 2 and "is not empty: it holds a finished store. Check it with `mhaffn verify" in err
+
+
+@pytest.mark.parametrize("spelling", ["one option", "an option each", "before"])
+def test_pack_takes_folders_for_a_stripe(spelling: str, tiny_model: Model, tmp_path: Path, here: Here) -> None:
+    a, b, where = tmp_path / "a", tmp_path / "b", (tiny_model(), tmp_path / "store")
+    words = {
+        "one option": [*where, "--stripe", a, b, "--dtype", "bfloat16"],
+        "an option each": [*where, "--stripe", a, "--stripe", b, "--dtype", "bfloat16"],
+        "before": ["--stripe", a, b, "--dtype", "bfloat16", *where],
+    }[spelling]
+    code, _, err = here("pack", *words)
+    assert code == 0, err
+    assert re.search(rf"packed 6 sublayers .* in {a} .* in {b} folders on one device", err)
+    assert len([*a.iterdir(), *b.iterdir()]) == 6
+
+
+def test_pack_places_each_kind(tiny_model: Model, tmp_path: Path, here: Here) -> None:
+    code, _, err = here(
+        "pack", tiny_model(), tmp_path / "store", "--mha-dir", tmp_path / "a", "--ffn-dir", tmp_path / "b"
+    )
+    assert code == 0, err
+    assert {path.name[10:13] for path in (tmp_path / "a").iterdir()} == {"mha"}
+    assert {path.name[10:13] for path in (tmp_path / "b").iterdir()} == {"ffn"}
+    code, _, err = here("pack", tiny_model(), tmp_path / "other", "--stripe", tmp_path / "c")
+    assert code == 2 and "expected two folders or more" in err
+
+
+def test_run_on_an_unfinished_pack_tells_how_to_finish_it(tiny_model: Model, tmp_path: Path, here: Here) -> None:
+    assert pack_and_die(tiny_model(), tmp_path / "store", 20)
+    for words in (("run", "-p", "w5"), ("plan",)):
+        code, out, err = here(*words, tmp_path / "store")
+        assert code == 2 and out == ""
+        assert "is an unfinished pack. `mhaffn pack" in err and "goes on from there" in err
 
 
 def test_doctor_tells_engine_memory_and_gpu(tmp_path: Path, here: Here) -> None:
@@ -180,6 +214,7 @@ def test_doctor_tells_engine_memory_and_gpu(tmp_path: Path, here: Here) -> None:
 def test_help_teaches(here: Here) -> None:
     assert "mhaffn doctor" in here("--help")[1]
     assert "Ctrl-C" in here("run", "--help")[1]
+    assert "--stripe /mnt/a" in here("pack", "--help")[1]
     assert here("--version")[1] == f"mhaffn {mhaffn.__version__}\n"
 
 

@@ -41,7 +41,15 @@ LAYERS = [
     ("cli",),
     ("__main__",),
 ]
-STORE_LAYERS = [("manifest", "safetensors", "gguf_header"), ("format", "resolve"), ("gguf",), ("source",), ("pack",)]
+STORE_LAYERS = [
+    ("manifest", "safetensors", "gguf_header"),
+    ("format", "resolve"),
+    ("gguf",),
+    ("source",),
+    ("places",),
+    ("claim",),
+    ("pack",),
+]
 HEAVY = ("transformers", "cupy", "rich", "typer", "gguf", "safetensors", "xxhash", "huggingface_hub", "matplotlib")
 
 

@@ -8,40 +8,39 @@
         model.safetensors.index.json                               what other tools open
         mhaffn.json                                                version and checksums, written last
 
+Sublayers may lie in folders on other devices; then DST holds links to them.
+
 Every file is written as ``NAME.partial``, synced and renamed, so a file without that suffix is whole.
 A pack that was killed goes on where it stopped, and ends byte for byte as if it had not been.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from mhaffn.config import DTYPES, ModelConfig, format_bytes
+from mhaffn.config import DTYPES
 from mhaffn.errors import ConfigError, CorruptFileError, MhaffnError, StoreError
 from mhaffn.files import shown
 from mhaffn.store import manifest
+from mhaffn.store.claim import claim, links_to, refuse_occupied, release, sync_folder
 from mhaffn.store.format import INDEX_NAME, TORCH_DTYPES, Store
+from mhaffn.store.places import ALIGN, ITEM_BYTES, PackedFile, Placement
 from mhaffn.store.safetensors import read_header, write_header
-from mhaffn.store.source import Source, open_source, tensors_by_file
+from mhaffn.store.source import Source, open_source
 
 if TYPE_CHECKING:
     import torch
 
-ALIGN = 4096
 CHECKSUM_KEY = "xxh3_64"
 SAFETENSORS_DTYPES = {name: code for code, name in TORCH_DTYPES.items()}
-HEADROOM_BYTES = 64 << 20
 _WIDER = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
 
 
@@ -59,23 +58,35 @@ def pack(
     target: str | Path,
     *,
     dtype: str | None = None,
+    mha_dir: str | Path | None = None,
+    ffn_dir: str | Path | None = None,
+    stripe: Sequence[str | Path] = (),
     progress: Callable[[PackProgress], None] = lambda _: None,
 ) -> Store:
     """Packs the model at ``source`` (a Hugging Face folder or a GGUF file) into the folder ``target``.
 
-    ``dtype`` is bfloat16, float16 or float32; by default the source's own (bfloat16 for GGUF). Memory
-    used: about twice the largest tensor in float32. Returns the opened store.
+    ``dtype`` is bfloat16, float16 or float32; by default the source's own (bfloat16 for GGUF). The files of
+    MHA sublayers go to ``mha_dir``, those of FFN sublayers to ``ffn_dir``, or both kinds in turn to the
+    folders of ``stripe``, so that in pass order each gets the same share of bytes; ``target`` then holds links
+    to them. Memory used: about twice the largest tensor in float32. Returns the opened store.
 
-    Raises :class:`ConfigError` for an unknown dtype, :class:`StoreError` when the target cannot be
-    written or holds something else, and what reading the source raises.
+    Raises :class:`ConfigError` for an unknown dtype or folders that contradict each other,
+    :class:`StoreError` when a folder cannot be written, lacks room or holds something else, and what reading
+    the source raises.
     """
-    origin, target = open_source(Path(source)), Path(target)
-    dtype = origin.dtype if dtype is None else dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"got dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
+    source, target = Path(source), Path(target)
     try:
-        with _claim(origin, target, dtype):
-            return _write(origin, target, dtype, progress)
+        placement = Placement.of(target, mha_dir, ffn_dir, stripe)
+        refuse_occupied(source, target)
+        placement.check(source.resolve())
+        origin = open_source(source)
+        dtype = origin.dtype if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise ConfigError(f"got dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
+        files = placement.files(origin.config, dtype)
+        with claim(origin, dtype, placement, files):
+            _write(origin, placement.target, dtype, files, progress)
+            release(placement)
     except OSError as error:
         if isinstance(error, MhaffnError):
             raise
@@ -83,101 +94,36 @@ def pack(
             f"{error.filename or target} cannot be read or written: {error.strerror or error}. "
             f"Give a folder that can be written; what is packed is kept, and the same command goes on from there."
         ) from error
+    return Store.open(target)
 
 
-@contextmanager
-def _claim(source: Source, target: Path, dtype: str) -> Iterator[None]:
-    """Holds ``target`` for this source and dtype: new, or left by an earlier try that did not finish."""
-    if target.exists() and source.path.resolve() == target.resolve():
-        raise StoreError(f"{target}: source and target are the same folder. Give another target.")
-    if target.exists() and not target.is_dir():
-        raise StoreError(f"{target} is a file, expected a folder. Give another target.")
-    target.mkdir(parents=True, exist_ok=True)
-    _refuse_strangers(target)
-    _check_space(source.config, target, dtype)
-    values = {"version": manifest.VERSION, "dtype": dtype, "files": source.fingerprint()}
-    claim = json.dumps(values, indent=1).encode()
-    state = target / manifest.UNFINISHED_NAME
-    with open(os.open(state, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:  # noqa: PTH123 – never truncates
-        _lock(file, target)
-        found = file.read()
-        if found not in (b"", claim):
-            raise StoreError(
-                f"{target} holds an unfinished pack of another model, another dtype, or files that changed since. "
-                f"Remove it, or finish that one."
-            )
-        if not found:
-            file.write(claim)
-            file.flush()
-            os.fsync(file.fileno())
-        yield
-
-
-def _refuse_strangers(target: Path) -> None:
-    names = {path.name for path in target.iterdir()}
-    if manifest.NAME in names and manifest.UNFINISHED_NAME not in names:
-        raise StoreError(f"{target} already holds a finished store, which is not empty: run it, or give a new folder")
-    if names and manifest.UNFINISHED_NAME not in names:
-        raise StoreError(
-            f"{target} is not empty and no unfinished pack of this model: it holds "
-            f"{', '.join(map(shown, sorted(names)[:3]))}. Give a new folder, or remove this one."
-        )
-
-
-def _check_space(config: ModelConfig, target: Path, dtype: str) -> None:
-    total = sum(_file_bytes(shapes, dtype) for _, _, shapes in tensors_by_file(config))
-    done = sum(path.stat().st_size for path in target.glob("*.safetensors*"))
-    needed, free = total - done + HEADROOM_BYTES, shutil.disk_usage(target).free
-    if needed > free:
-        raise StoreError(
-            f"{target}: got {format_bytes(free)} free, expected {format_bytes(needed)}. Free some, or go elsewhere."
-        )
-
-
-def _lock(file: BinaryIO, target: Path) -> None:
-    """One pack at a time: the kernel frees the lock when its process ends, however it ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise StoreError(f"{target} is being written by another pack. Wait for it, or give another target.") from None
-
-
-def _file_bytes(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
-    return sum(math.prod(shape) for shape in shapes.values()) * _itemsize(dtype) + ALIGN
-
-
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
-def _write(source: Source, target: Path, dtype: str, progress: Callable[[PackProgress], None]) -> Store:
+def _write(
+    source: Source, target: Path, dtype: str, files: list[PackedFile], progress: Callable[[PackProgress], None]
+) -> None:
     begun = source.fingerprint()
     for name, content in source.side_files():
         _replace(target / name, content)
-    files = list(tensors_by_file(source.config))
-    total = sum(_file_bytes(shapes, dtype) for _, _, shapes in files)
+    total = sum(file.most_bytes for file in files)
     checksums: dict[str, str] = {}
-    weight_map: dict[str, str] = {}
-    done = data_bytes = 0
-    for name, key, shapes in files:
-        progress(PackProgress(name, done, total))
-        checksums[key] = _finished_checksum(target / name) or _write_file(source, target / name, shapes, dtype)
-        weight_map |= dict.fromkeys(shapes, name)
-        done += _file_bytes(shapes, dtype)
-        data_bytes += _file_bytes(shapes, dtype) - ALIGN
+    done = 0
+    for file in files:
+        progress(PackProgress(file.name, done, total))
+        checksums[file.key] = _finished_checksum(file.path) or _write_file(source, file, dtype)
+        if file.folder != target:
+            _link(target / file.name, file.path)
+        done += file.most_bytes
     if source.fingerprint() != begun:
         raise StoreError(f"{source.path} changed while it was packed. Remove {target} and pack again.")
     config = {key: value for key, value in source.config_values().items() if key != "torch_dtype"}
     config["dtype"] = dtype
     _replace(target / "config.json", _json({key: config[key] for key in sorted(config)}))
-    _replace(target / INDEX_NAME, _json({"metadata": {"total_size": data_bytes}, "weight_map": weight_map}))
+    weight_map = {tensor: file.name for file in files for tensor in file.shapes}
+    total_size = sum(file.nbytes for file in files)
+    _replace(target / INDEX_NAME, _json({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
     record = manifest.Manifest(dtype=dtype, source=source.path.name, checksums=checksums)
     _replace(target / manifest.NAME, record.to_json().encode())
-    _sync_folder(target)
-    (target / manifest.UNFINISHED_NAME).unlink()
-    _sync_folder(target)
+    sync_folder(target)
     progress(PackProgress("done", total, total))
-    return Store.open(target)
 
 
 def _json(values: dict[str, Any]) -> bytes:
@@ -196,29 +142,39 @@ def _finished_checksum(path: Path) -> str | None:
     return checksum
 
 
-def _write_file(source: Source, path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> str:
+def _write_file(source: Source, file: PackedFile, dtype: str) -> str:
     """Writes one file, tensor by tensor; the checksum stands in the header, which is written last."""
-    code, itemsize = SAFETENSORS_DTYPES[dtype], _itemsize(dtype)
-    entries = {name: (code, shape, math.prod(shape) * itemsize) for name, shape in shapes.items()}
+    code, itemsize = SAFETENSORS_DTYPES[dtype], ITEM_BYTES[dtype]
+    entries = {name: (code, shape, math.prod(shape) * itemsize) for name, shape in file.shapes.items()}
     digest = xxhash.xxh3_64()
 
     def header() -> bytes:
         return write_header(entries, {"format": "pt", CHECKSUM_KEY: digest.hexdigest()}, ALIGN)
 
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.seek(len(header()))
-        for name, shape in shapes.items():
+    with file.partial.open("wb") as output:
+        output.seek(len(header()))
+        for name, shape in file.shapes.items():
             payload = _payload(source, name, shape, dtype)
             digest.update(payload)
-            file.write(payload)
-        file.seek(0)
-        file.write(header())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    _sync_folder(path.parent)
+            output.write(payload)
+        output.seek(0)
+        output.write(header())
+        output.flush()
+        os.fsync(output.fileno())
+    file.partial.rename(file.path)
+    sync_folder(file.folder)
     return digest.hexdigest()
+
+
+def _link(link: Path, path: Path) -> None:
+    """Makes ``link`` a symbolic link to ``path``, at once and durably."""
+    if links_to(link, path):
+        return
+    partial = link.with_name(link.name + ".partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(path)
+    partial.rename(link)
+    sync_folder(link.parent)
 
 
 def _payload(source: Source, name: str, shape: tuple[int, ...], dtype: str) -> memoryview:
@@ -243,11 +199,3 @@ def _replace(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

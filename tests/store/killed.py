@@ -9,22 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STEPS = ((os, "fsync"), (os, "rename"), (os, "unlink"), (os, "ftruncate"))
+STEPS = ((os, "fsync"), (os, "rename"), (os, "unlink"), (os, "ftruncate"), (os, "symlink"), (os, "mkdir"))
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "safetensors.torch", "mhaffn.store"])
 
 
-def pack_and_die(source: Path, target: Path, step: int) -> bool:
+def pack_and_die(source: Path, target: Path, step: int, **places: Any) -> bool:
     """Packs until just before ``step``; says whether the process was killed (False: it finished before)."""
-    process = _context.Process(target=_run, args=(source, target, step))
+    process = _context.Process(target=_run, args=(source, target, step, places))
     process.start()
     process.join(60)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
 
 
-def _run(source: Path, target: Path, step: int) -> None:
+def _run(source: Path, target: Path, step: int, places: dict[str, Any]) -> None:
     import torch
 
     from mhaffn.store import pack
@@ -46,4 +46,4 @@ def _run(source: Path, target: Path, step: int) -> None:
     for module, name in STEPS:
         setattr(module, name, counted(getattr(module, name)))
     FolderSource.tensor = counted(FolderSource.tensor)  # type: ignore[method-assign]  # in the middle of a file
-    pack(source, target)
+    pack(source, target, **places)

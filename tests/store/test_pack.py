@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,37 +189,48 @@ def test_progress_counts_up_to_the_whole(source: Path, tmp_path: Path) -> None:
     assert done[-1] >= sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors")) - 4096
 
 
-def check_killed(source: Path, folder: Path, steps: range) -> int:
-    """Kills a pack before each of ``steps``, goes on, and compares with one never killed; says how many died."""
-    pack(source, folder / "whole")
+def check_killed(source: Path, folder: Path, steps: range, places: Callable[[Path], dict[str, Any]]) -> int:
+    """Kills a pack before each of ``steps``, goes on, and compares with one never killed; says how many died.
+
+    ``places`` gives the placement of a pack whose folders lie in the one given.
+    """
+    pack(source, folder / "whole" / "store", **places(folder / "whole"))
     expected, killed = hashes(folder / "whole"), 0
     for step in steps:
-        target = folder / str(step)
-        if not pack_and_die(source, target, step):
+        target = folder / str(step) / "store"
+        placed = places(folder / str(step))
+        if not pack_and_die(source, target, step, **placed):
             break
         killed += 1
         if (target / "mhaffn-pack.json").exists():
             with pytest.raises(StoreError, match="unfinished pack"):
                 Store.open(target)
-            pack(source, target)
-        else:  # nothing was claimed yet, or all was done
-            assert not target.exists() or set(hashes(target)) in (set(), set(expected))
-        if not (target / "mhaffn.json").exists():
-            pack(source, target)
-        assert hashes(target) == expected, f"killed before step {step}"
-        shutil.rmtree(target)
+        if not (target / "mhaffn.json").exists() or (target / "mhaffn-pack.json").exists():
+            pack(source, target, **placed)
+        assert hashes(folder / str(step)) == expected, f"killed before step {step}"
+        assert Store.open(target).sublayers.keys() == Store.open(folder / "whole" / "store").sublayers.keys()
+        shutil.rmtree(folder / str(step))
     return killed
 
 
-def test_a_killed_pack_goes_on_and_ends_the_same(source: Path, tmp_path: Path) -> None:
+PLACEMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "together": lambda folder: {},
+    "apart": lambda folder: {"mha_dir": folder / "a", "ffn_dir": folder / "b"},
+    "striped": lambda folder: {"stripe": [folder / "a", folder / "store", folder / "b"]},
+}
+
+
+@pytest.mark.parametrize("places", PLACEMENTS)
+def test_a_killed_pack_goes_on_and_ends_the_same(places: str, source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
-    assert check_killed(source, tmp_path, range(0, 400, 4)) >= 10
+    assert check_killed(source, tmp_path, range(0, 400, 7), PLACEMENTS[places]) >= 7
 
 
 @pytest.mark.slow
-def test_a_pack_killed_anywhere_goes_on_and_ends_the_same(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("places", PLACEMENTS)
+def test_a_pack_killed_anywhere_goes_on_and_ends_the_same(places: str, source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
-    assert check_killed(source, tmp_path, range(400)) >= 40
+    assert check_killed(source, tmp_path, range(400), PLACEMENTS[places]) >= 50
 
 
 def test_a_pack_killed_again_and_again(source: Path, tmp_path: Path) -> None:
