@@ -218,6 +218,47 @@ def pack(
 
 
 @app.command()
+def verify(
+    model: ModelArgument,
+    engine: EngineOption = "auto",
+    direct: DirectOption = "auto",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=_writable, help="Write all findings to this file; - is stdout.")
+    ] = None,
+) -> None:
+    """Read a whole packed store and compare every checksum: names each damaged sublayer and missing file.
+
+    Exits with 0 when all is well, 1 when something is damaged, 2 when there is no store to look at.
+
+    Of a folder without checksums, as from Hugging Face, only headers, names, shapes and file sizes are checked.
+
+        mhaffn verify ~/models/llama-70b --json - | jq '.damages[].file'
+    """
+    from mhaffn.verify import verify as read_store
+
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("verifying", total=None)
+        found = read_store(
+            model,
+            engine=engine,  # type: ignore[arg-type]  # checked by the reader
+            direct=direct,  # type: ignore[arg-type]
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    out = console if json_file == Path("-") else Console()
+    for damage in found.damages:
+        out.print(f"[red]damaged[/] {_escape(damage.message)}", soft_wrap=True, highlight=False)
+    out.print(_escape(found.summary()), soft_wrap=True, highlight=False)
+    content = json.dumps(found.to_dict(), indent=1) + "\n"
+    if json_file == Path("-"):
+        print(content, end="")
+    elif json_file is not None:
+        json_file.write_text(content, encoding="utf-8")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     model: Annotated[str | None, typer.Argument(help="A model folder or hub id; only its config.json is read.")] = None,
     measured: Annotated[

@@ -198,10 +198,37 @@ def test_pack_places_each_kind(tiny_model: Model, tmp_path: Path, here: Here) ->
 
 def test_run_on_an_unfinished_pack_tells_how_to_finish_it(tiny_model: Model, tmp_path: Path, here: Here) -> None:
     assert pack_and_die(tiny_model(), tmp_path / "store", 20)
-    for words in (("run", "-p", "w5"), ("plan",)):
+    for words in (("run", "-p", "w5"), ("plan",), ("verify",)):
         code, out, err = here(*words, tmp_path / "store")
         assert code == 2 and out == ""
         assert "is an unfinished pack. `mhaffn pack" in err and "goes on from there" in err
+
+
+def test_verify_names_what_is_damaged(tiny_model: Model, tmp_path: Path, here: Here) -> None:
+    store = pack(tiny_model(), tmp_path / "store").path
+    code, out, _ = here("verify", store, "--json", tmp_path / "found.json")
+    assert code == 0 and "all 7 parts are as they were packed" in " ".join(out.split())
+    assert json.loads((tmp_path / "found.json").read_text())["ok"] is True
+    with (store / "layer-001-ffn.safetensors").open("r+b") as file:
+        file.seek(8000)
+        file.write(b"damage")
+    (store / "layer-002-mha.safetensors").unlink()
+    code, out, err = here("verify", store, "--json", "-")
+    assert code == 1 and "Traceback" not in err
+    found = json.loads(out)
+    assert [(damage["layer"], damage["kind"]) for damage in found["damages"]] == [(1, "ffn"), (2, "mha")]
+    assert re.search(r"damaged layer 1 ffn: .*layer-001-ffn.* got checksum \w{16}, expected \w{16}", err)
+    assert re.search(r"damaged layer 2 mha: .*layer-002-mha.safetensors does not exist", err)
+    assert "2 of 7 parts damaged" in err
+
+
+def test_verify_of_a_folder_without_checksums_says_so(tiny_model: Model, tmp_path: Path, here: Here) -> None:
+    code, out, _ = here("verify", tiny_model())
+    assert code == 0 and "no checksums here, so no weights were read" in " ".join(out.split())
+    code, _, err = here("verify", tmp_path)
+    assert code == 2 and "not a model folder" in err
+    code, _, err = here("verify", tiny_model(), "--json", "/no/such/folder/found.json")
+    assert code == 2 and "is no folder" in err
 
 
 def test_doctor_tells_engine_memory_and_gpu(tmp_path: Path, here: Here) -> None:
@@ -215,6 +242,7 @@ def test_help_teaches(here: Here) -> None:
     assert "mhaffn doctor" in here("--help")[1]
     assert "Ctrl-C" in here("run", "--help")[1]
     assert "--stripe /mnt/a" in here("pack", "--help")[1]
+    assert "Exits with 0" in here("verify", "--help")[1]
     assert here("--version")[1] == f"mhaffn {mhaffn.__version__}\n"
 
 

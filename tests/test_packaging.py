@@ -26,7 +26,7 @@ LAYERS = [
     ("ring",),
     ("reader", "store", "plan", "trace"),
     ("image", "device", "simulate"),
-    ("memory",),
+    ("memory", "verify"),
     ("stream",),
     ("kernels",),
     ("ops",),
