@@ -16,9 +16,13 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 SOURCES = [
     "bindings.cpp",
+    "device_thread.cpp",
     "file.cpp",
+    "layout.cpp",
     "pinned.cpp",
     "reader.cpp",
+    "request.cpp",
+    "router.cpp",
     "thread_reader.cpp",
 ]
 LIBURING_LINKS = {"static": ["-l:liburing.a"], "shared": ["-luring"]}

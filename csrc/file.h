@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "engine_core.h"
+#include "fallback.h"
 
 namespace mhaffn {
 
@@ -34,14 +35,6 @@ class Fd {
 };
 
 enum class Direct { kAuto, kOn, kOff };
-
-// What falls back, and why. Called from any thread; throws or returns false where falling back is not allowed.
-class FallbackLog {
- public:
-  virtual ~FallbackLog() = default;
-  // True where the step down may be taken; it is then recorded.
-  virtual bool allow(const std::string& reason) = 0;
-};
 
 // What identifies a version of a file.
 struct FileIdentity {

@@ -10,11 +10,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <fstream>
 #include <sstream>
 #include <thread>
 #include <vector>
+
+#include "clock.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -26,8 +27,6 @@
 
 namespace mhaffn {
 namespace {
-
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // CUDA's driver library as found at run time: one build serves machines with and without it.
 class Cuda {
@@ -171,12 +170,12 @@ void touch(char* address, size_t nbytes) {
 // Faults all pages in, several threads at once. False when `limit_s` ran out first.
 bool prefault(char* address, size_t nbytes, double limit_s) {
   constexpr size_t kStep = 32 * kHugePageBytes;
-  const double deadline = seconds() + limit_s;
+  const double deadline = monotonic_s() + limit_s;
   std::atomic<size_t> next{0};
   std::atomic<int> error{0};
   auto work = [&] {
     for (size_t at; error == 0 && (at = next.fetch_add(kStep)) < nbytes;) {
-      if (seconds() > deadline) {
+      if (monotonic_s() > deadline) {
         error = ETIMEDOUT;
         return;
       }
@@ -296,14 +295,14 @@ Arena::Arena(const ArenaOptions& options) {
   if (node >= 0 && prefer_node(address(), this->nbytes(), node)) info_.numa_node = node;
 
   if (options.prefault) {
-    const double start = seconds();
+    const double start = monotonic_s();
     info_.prefaulted = prefault(address(), this->nbytes(), options.prefault_limit_s);
-    info_.prefault_s = seconds() - start;
+    info_.prefault_s = monotonic_s() - start;
   }
   if (info_.cuda_reason.empty()) {
-    const double start = seconds();
+    const double start = monotonic_s();
     info_.cuda_reason = Cuda::instance().register_memory(address(), this->nbytes());
-    info_.register_s = seconds() - start;
+    info_.register_s = monotonic_s() - start;
     info_.cuda_registered = info_.cuda_reason.empty();
     if (info_.cuda_registered) registration_ = std::make_unique<CudaRegistration>(mapping_);
     if (options.cuda == UseCuda::kYes && !info_.cuda_registered) {

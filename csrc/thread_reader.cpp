@@ -10,7 +10,8 @@
 #include <system_error>
 #include <thread>
 
-#include "reader.h"
+#include "clock.h"
+#include "rings.h"
 
 namespace mhaffn {
 namespace {

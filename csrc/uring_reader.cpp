@@ -10,7 +10,8 @@
 #include <cmath>
 #include <unordered_map>
 
-#include "reader.h"
+#include "clock.h"
+#include "rings.h"
 
 namespace mhaffn {
 namespace {

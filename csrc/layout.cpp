@@ -1,0 +1,50 @@
+#include "layout.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <unordered_map>
+
+#include "pinned.h"
+
+namespace mhaffn {
+
+Layout lay_out(const std::vector<Extent>& extents) {
+  Layout layout;
+  layout.placements.resize(extents.size());
+  std::vector<std::string> paths;
+  std::unordered_map<std::string, std::vector<size_t>> by_path;
+  for (size_t i = 0; i < extents.size(); ++i) {
+    const Extent& extent = extents[i];
+    constexpr uint64_t kEnd = INT64_MAX - kPageBytes;
+    if (extent.offset > kEnd || extent.length > kEnd - extent.offset) {
+      throw std::invalid_argument(extent.path + ": bytes " + std::to_string(extent.offset) + " + " +
+                                  std::to_string(extent.length) + " pass the range of file offsets");
+    }
+    layout.extent_bytes += extent.length;
+    if (extent.length == 0) continue;
+    auto& indices = by_path[extent.path];
+    if (indices.empty()) paths.push_back(extent.path);
+    indices.push_back(i);
+  }
+  for (const std::string& path : paths) {
+    auto& indices = by_path[path];
+    std::stable_sort(indices.begin(), indices.end(),
+                     [&](size_t a, size_t b) { return extents[a].offset < extents[b].offset; });
+    const size_t first = layout.covers.size();
+    for (size_t i : indices) {
+      const uint64_t begin = extents[i].offset / kPageBytes * kPageBytes;
+      const uint64_t end = extents[i].offset + extents[i].length;
+      const bool joins =
+          layout.covers.size() > first && begin <= layout.covers.back().offset + layout.covers.back().length;
+      if (!joins) layout.covers.push_back({path, begin, 0, 0, layout.cover_bytes});
+      Cover& cover = layout.covers.back();
+      cover.need = std::max(cover.need, end - cover.offset);
+      cover.length = round_up(cover.need, kPageBytes);
+      layout.cover_bytes = cover.position + cover.length;
+      layout.placements[i] = cover.position + (extents[i].offset - cover.offset);
+    }
+  }
+  return layout;
+}
+
+}  // namespace mhaffn
