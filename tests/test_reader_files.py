@@ -1,0 +1,177 @@
+"""Every kind of file the reader meets: sizes, file systems, devices, and files that change while they are read."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from mhaffn.errors import ReadError, TruncatedFileError
+from mhaffn.reader import Extent, PinnedArena, Reader
+from tests.reader_files import ENGINES, MIB, loop_device, loop_mount, make_file
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def arena() -> Iterator[PinnedArena]:
+    with PinnedArena(64 * MIB, cuda=False) as arena:
+        yield arena
+
+
+@pytest.mark.parametrize("direct", ["auto", "off"])
+def test_a_file_truncated_while_it_is_read(engine: str, direct: str, arena: PinnedArena, tmp_path: Path) -> None:
+    path, size, cut = tmp_path / "file", 48 * MIB, 40 * MIB + 1234
+    content = make_file(path, size)
+    for _ in range(20):
+        path.write_bytes(content)
+        with (
+            Reader(engine=engine, direct=direct, block_bytes=64 << 10, depth=2) as reader,  # type: ignore[arg-type]
+            arena.lease(size) as slot,
+            memoryview(slot) as view,
+        ):
+            view[:] = b"\xa5" * size
+            request = reader.submit([Extent(str(path), 0, size)], slot)
+            request.wait_ready(1 * MIB, 30)
+            os.truncate(path, cut)
+            try:
+                request.wait(30)
+            except TruncatedFileError as error:
+                assert (error.offset, error.path, error.length > 0) == (cut, str(path), True)
+                assert MIB <= request.ready_bytes <= cut
+                assert view[: request.ready_bytes] == content[: request.ready_bytes]
+                with pytest.raises(TruncatedFileError):
+                    request.wait_ready(size, 30)
+                return
+    pytest.fail("the file was read before it could be truncated, 20 times")
+
+
+def resident_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no VmRSS")
+
+
+def test_a_blob_across_the_1_gib_boundary(engine: str, tmp_path: Path) -> None:
+    size = 1344 * MIB  # 1.3125 GiB
+    digest = xxhash.xxh3_64()
+    with (tmp_path / "blob").open("wb") as file:
+        block = os.urandom(MIB)
+        for i in range(size // MIB):
+            piece = i.to_bytes(8, "little") + block[8:]
+            digest.update(piece)
+            file.write(piece)
+        os.fsync(file.fileno())
+    for _ in range(2):  # the second time, whatever is allocated once is there
+        before = resident_bytes()
+        with PinnedArena(size, cuda=False) as arena, Reader(engine=engine, arena=arena) as reader:  # type: ignore[arg-type]
+            with arena.lease(size) as slot:
+                request = reader.submit([Extent(str(tmp_path / "blob"), 0, size)], slot)
+                request.wait()
+                growth = resident_bytes() - before
+                assert xxhash.xxh3_64_hexdigest(slot) == digest.hexdigest()
+            assert reader.info().registered_buffers == (engine == "io_uring")
+    (tmp_path / "blob").unlink()
+    assert growth <= size + 2 * MIB
+
+
+SIZES = [1, 511, 512, 513, 4095, 4096, 4097, 8191, 10 * 4096 - 1, 10 * 4096, 10 * 4096 + 1]
+OFFSETS = [0, 1, 511, 512, 4095, 4096, 4097]
+
+
+def read_sizes_and_offsets(engine: str, folder: Path, arena: PinnedArena) -> Reader:
+    with Reader(engine=engine, block_bytes=8192, depth=4, arena=arena) as reader:  # type: ignore[arg-type]
+        for size in SIZES:
+            path = folder / f"file{size}"
+            content = make_file(path, size)
+            for offset in [at for at in OFFSETS if at < size]:
+                for length in {1, size - offset, (size - offset + 1) // 2}:
+                    with arena.lease(64 << 10) as slot, memoryview(slot) as view:
+                        request = reader.submit([Extent(str(path), offset, length)], slot)
+                        request.wait(30)
+                        at = request.placements[0]
+                        assert view[at : at + length] == content[offset : offset + length]
+            with arena.lease(128 << 10) as slot, pytest.raises(TruncatedFileError) as caught:
+                reader.submit([Extent(str(path), 0, size + 1)], slot).wait(30)
+            assert caught.value.offset == size
+            path.unlink()
+    return reader
+
+
+def test_sizes_and_offsets_here_and_in_memory(engine: str, arena: PinnedArena, tmp_path: Path) -> None:
+    read_sizes_and_offsets(engine, tmp_path, arena)
+    shm = Path(f"/dev/shm/mhaffn-test-{os.getpid()}")
+    shm.mkdir()
+    try:
+        reader = read_sizes_and_offsets(engine, shm, arena)
+        assert reader.info().direct == "off"
+    finally:
+        shm.rmdir()
+
+
+@needs_root
+@pytest.mark.parametrize("sector", [512, 4096])
+def test_sizes_and_offsets_on_a_loop_device(engine: str, arena: PinnedArena, tmp_path: Path, sector: int) -> None:
+    with loop_mount(tmp_path / "loop", 64 * MIB, sector) as folder:
+        reader = read_sizes_and_offsets(engine, folder, arena)
+        assert (reader.info().direct, reader.info().reasons) == ("on", ())
+
+
+@needs_root
+def test_a_block_device_is_read(engine: str, arena: PinnedArena, tmp_path: Path) -> None:
+    with loop_device(tmp_path / "image", 8 * MIB, 4096) as device:
+        content = make_file(Path(device), 8 * MIB)
+        with Reader(engine=engine, arena=arena) as reader, arena.lease(8 * MIB) as slot:  # type: ignore[arg-type]
+            reader.submit([Extent(device, 0, 8 * MIB)], slot).wait(30)
+            assert bytes(slot) == content
+            with pytest.raises(TruncatedFileError) as caught:
+                reader.submit([Extent(device, 8 * MIB - 10, 20)], slot).wait(30)
+            assert caught.value.offset == 8 * MIB
+
+
+@needs_root
+def test_several_devices_serve_one_request(engine: str, arena: PinnedArena, tmp_path: Path) -> None:
+    with loop_mount(tmp_path / "loop", 64 * MIB, 512) as folder:
+        paths = [tmp_path / "mha", folder / "ffn", tmp_path / "more"]
+        contents = [make_file(path, MIB + i) for i, path in enumerate(paths)]
+        extents = [Extent(str(path), 0, MIB + i) for i, path in enumerate(paths)]
+        with (
+            Reader(engine=engine, arena=arena) as reader,  # type: ignore[arg-type]
+            arena.lease(6 * MIB) as slot,
+            memoryview(slot) as view,
+        ):
+            request = reader.submit(extents, slot)
+            request.wait(30)
+            for at, content in zip(request.placements, contents, strict=True):
+                assert view[at : at + len(content)] == content
+            assert sorted(device.bytes_read for device in reader.info().devices) == [MIB + 1, 2 * MIB + 2]
+            extents[1] = Extent(str(folder / "ffn"), 0, 2 * MIB)
+            with pytest.raises(TruncatedFileError, match="ffn"):
+                reader.submit(extents, slot).wait(30)
+
+
+@needs_root
+def test_a_device_that_fails_is_an_io_error(engine: str, arena: PinnedArena, tmp_path: Path) -> None:
+    with loop_mount(tmp_path / "loop", 64 * MIB, 512) as folder:
+        make_file(folder / "file", 32 * MIB)
+        os.sync()
+        os.truncate(tmp_path / "loop" / "image", 8 * MIB)
+        with (
+            Reader(engine=engine, direct="on", arena=arena) as reader,  # type: ignore[arg-type]
+            arena.lease(32 * MIB) as slot,
+            pytest.raises(ReadError) as caught,
+        ):
+            reader.submit([Extent(str(folder / "file"), 0, 32 * MIB)], slot).wait(30)
+        assert (caught.value.op, caught.value.errno) == ("read", errno.EIO)
+        assert caught.value.path == str(folder / "file")
+        assert 0 <= caught.value.offset < 32 * MIB and 0 < caught.value.length <= 4 * MIB
