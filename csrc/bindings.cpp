@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "gil.h"
 #include "pinned.h"
 #include "reader.h"
 
@@ -84,9 +85,26 @@ struct RequestHandle {
   std::shared_ptr<Request> request;
 };
 
-void check_signals() {
-  py::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+// Lets Ctrl-C and other signals interrupt a wait.
+Request::Interrupt check_signals(GilReleased& released) {
+  return [&released] {
+    released.acquire();
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    released.release();
+  };
+}
+
+struct DeleteWithoutGil {
+  void operator()(Reader* reader) const {
+    const GilReleased released;  // it drains what is in flight
+    delete reader;
+  }
+};
+
+// Paths and what names them, which need not be UTF-8.
+py::str to_str(const std::string& text) {
+  return py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeFSDefaultAndSize(text.data(), static_cast<Py_ssize_t>(text.size())));
 }
 
 void raise_in_python(const Failure& failure) {
@@ -180,12 +198,13 @@ std::shared_ptr<Arena> make_arena(size_t nbytes, const std::string& cuda, bool p
       choose<UseCuda>(cuda, {{"auto", UseCuda::kAuto}, {"yes", UseCuda::kYes}, {"no", UseCuda::kNo}}, "cuda");
   options.prefault = prefault;
   options.numa_node = numa_node.value_or(-1);
-  const py::gil_scoped_release released;
+  const GilReleased released;
   return Arena::create(options);
 }
 
-std::unique_ptr<Reader> make_reader(const std::string& engine, const std::string& direct, bool strict,
-                                    uint32_t block_bytes, unsigned depth, std::shared_ptr<Arena> arena) {
+std::unique_ptr<Reader, DeleteWithoutGil> make_reader(const std::string& engine, const std::string& direct, bool strict,
+                                                      int64_t block_bytes, int64_t depth,
+                                                      std::shared_ptr<Arena> arena) {
   ReaderOptions options;
   options.engine = choose<EngineKind>(
       engine, {{"auto", EngineKind::kAuto}, {"io_uring", EngineKind::kUring}, {"threads", EngineKind::kThreads}},
@@ -195,7 +214,7 @@ std::unique_ptr<Reader> make_reader(const std::string& engine, const std::string
   options.strict = strict;
   options.block_bytes = block_bytes;
   options.depth = depth;
-  return std::make_unique<Reader>(options, std::move(arena));
+  return std::unique_ptr<Reader, DeleteWithoutGil>(new Reader(options, std::move(arena)));
 }
 
 void bind_memory(py::module_& module) {
@@ -266,8 +285,8 @@ void bind_reading(py::module_& module) {
       .def(
           "wait",
           [](RequestHandle& self, std::optional<double> timeout) {
-            const py::gil_scoped_release released;
-            self.request->wait(timeout, check_signals);
+            GilReleased released;
+            self.request->wait(timeout, check_signals(released));
           },
           py::arg("timeout") = py::none(),
           R"(Waits until it is over, without the GIL; Ctrl-C ends the wait.
@@ -277,20 +296,20 @@ ReadTimeoutError: then the request goes on.)")
       .def(
           "wait_ready",
           [](RequestHandle& self, uint64_t nbytes, std::optional<double> timeout) {
-            const py::gil_scoped_release released;
-            return self.request->wait_ready(nbytes, timeout, check_signals);
+            GilReleased released;
+            return self.request->wait_ready(nbytes, timeout, check_signals(released));
           },
           py::arg("nbytes"), py::arg("timeout") = py::none(),
           "Waits until ready_bytes reaches ``nbytes``, or the request is over; returns ready_bytes. Raises as wait().")
       .def(
           "cancel",
           [](RequestHandle& self) {
-            const py::gil_scoped_release released;
+            const GilReleased released;
             self.request->cancel();
           },
           "Ends the request early; wait() then raises ReadCancelledError once nothing writes to the slot any more.");
 
-  py::class_<Reader>(module, "Reader")
+  py::class_<Reader, std::unique_ptr<Reader, DeleteWithoutGil>>(module, "Reader")
       .def(py::init(&make_reader), py::arg("engine"), py::arg("direct"), py::arg("strict"), py::arg("block_bytes"),
            py::arg("depth"), py::arg("arena"))
       .def("submit",
@@ -299,7 +318,7 @@ ReadTimeoutError: then the request goes on.)")
              return std::make_unique<RequestHandle>(reader.submit(to_extents(extents), slot.live(), slot_offset));
            })
       .def("info", [](const Reader& reader) { return to_dict(reader.info()); })
-      .def("close", &Reader::close, py::call_guard<py::gil_scoped_release>());
+      .def("close", &Reader::close, py::call_guard<GilReleased>());
 
   module.def("cover_bytes", [](const std::vector<std::tuple<std::string, uint64_t, uint64_t>>& extents) {
     return lay_out(to_extents(extents)).cover_bytes;

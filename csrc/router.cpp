@@ -51,8 +51,11 @@ uint64_t Router::close() {
   std::vector<std::shared_ptr<Request>> requests;
   std::vector<std::shared_ptr<DeviceThread>> devices;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (std::exchange(closing_, true)) return 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (std::exchange(closing_, true)) {
+      closed_change_.wait(lock, [&] { return closed_; });
+      return 0;
+    }
     requests = live();
     work_.notify_all();
   }
@@ -76,6 +79,9 @@ uint64_t Router::close() {
     request->abandon();
   }
   leaked_bytes_ += leaked;
+  std::lock_guard<std::mutex> lock(mutex_);
+  closed_ = true;
+  closed_change_.notify_all();
   return leaked;
 }
 

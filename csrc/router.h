@@ -37,6 +37,7 @@ class Router : public std::enable_shared_from_this<Router> {
   void poke_all();
   void progressed(double now) { last_progress_s_.store(now, std::memory_order_relaxed); }
   double last_progress_s() const { return last_progress_s_.load(std::memory_order_relaxed); }
+  // Returns the bytes leaked by this call. A second call waits for the first.
   uint64_t close();
   ReaderInfo info() const;
 
@@ -59,6 +60,8 @@ class Router : public std::enable_shared_from_this<Router> {
   std::unordered_map<const Request*, std::weak_ptr<Request>> live_;
   std::map<DeviceKey, std::shared_ptr<DeviceThread>> devices_;
   bool closing_ = false;
+  bool closed_ = false;
+  std::condition_variable closed_change_;
   std::atomic<uint64_t> leaked_bytes_{0};
   std::atomic<double> last_progress_s_{0.0};
   Thread router_;

@@ -84,7 +84,12 @@ class UringRing : public WakeableRing {
     arm_wake();
   }
 
-  ~UringRing() override { io_uring_queue_exit(&ring_); }
+  ~UringRing() override {
+    // A fork that lives on holds the ring; it must not hold memory and files with it.
+    io_uring_unregister_buffers(&ring_);
+    io_uring_unregister_files(&ring_);
+    io_uring_queue_exit(&ring_);
+  }
 
   double now() override { return monotonic_s(); }
 

@@ -20,7 +20,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from mhaffn import _native
 from mhaffn._native import Request, Slot
-from mhaffn.errors import ReadError
+from mhaffn.errors import EngineUnavailableError, ReadError
 
 __all__ = [
     "ArenaInfo",
@@ -231,6 +231,10 @@ class Reader:
         return self
 
     def __exit__(
+    def __del__(self) -> None:
+        with suppress(AttributeError, EngineUnavailableError):  # not made; or in a fork, where it is not ours
+            self.close()
+
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()

@@ -83,8 +83,46 @@ def test_a_fork_is_refused_and_harms_nothing(engine: str, tmp_path: Path) -> Non
     assert run_python(FORK, str(tmp_path / "file"), engine) == "ok\n"
 
 
+FORK_THAT_LIVES_ON = """
+import os, signal, sys
+from pathlib import Path
+from mhaffn.reader import Extent, PinnedArena, Reader
+
+path = sys.argv[1]
+arena = PinnedArena(os.path.getsize(path), cuda=False)
+reader = Reader(engine="io_uring", arena=arena)
+with arena.lease(arena.nbytes) as slot:
+    reader.submit([Extent(path, 0, os.path.getsize(path))], slot).wait(30)
+assert reader.info().registered_buffers
+pid = os.fork()
+if pid == 0:
+    signal.pause()
+def held():
+    # What the child's copies of our rings hold: [files, buffers] each.
+    process = Path(f"/proc/{pid}")
+    rings = [fd.name for fd in (process / "fd").iterdir() if "io_uring" in os.readlink(fd)]
+    lines = [(process / "fdinfo" / fd).read_text().splitlines() for fd in rings]
+    return [[int(l.split()[1]) for l in text if l.startswith(("UserFiles:", "UserBufs:"))] for text in lines]
+before = held()
+reader.close()
+arena.close()
+after = held()
+os.kill(pid, signal.SIGKILL)
+os.waitpid(pid, 0)
+print(before, after)
+assert any(buffers for _, buffers in before), before
+assert not any(files or buffers for files, buffers in after), after
+"""
+
+
+@pytest.mark.skipif(_native.liburing == "none", reason="built without liburing")
+def test_a_fork_that_lives_on_holds_no_memory(tmp_path: Path) -> None:
+    make_file(tmp_path / "file", 8 * MIB)
+    run_python(FORK_THAT_LIVES_ON, str(tmp_path / "file"))
+
+
 IN_FLIGHT = """
-import gc, sys, time
+import gc, sys, threading, time
 from mhaffn.errors import MhaffnError
 from mhaffn.reader import Extent, PinnedArena, Reader
 
@@ -98,9 +136,15 @@ slots = [arena.lease(size // 4, i * size // 4) for i in range(4)]
 reader = Reader(engine=engine, block_bytes=4096, depth=2, arena=arena)
 requests = [reader.submit([Extent(path, 0, size // 4)], slot) for slot in slots]
 requests[0].wait_ready(1, 30)
+assert not any(request.done for request in requests)
 started = time.perf_counter()
 if ending == "close":
     reader.close()
+elif ending == "close twice":
+    other = threading.Thread(target=reader.close)
+    other.start()
+    reader.close()
+    assert all(request.done for request in requests)
 elif ending == "signal":
     print("ready", flush=True)
     try:
@@ -112,7 +156,10 @@ elif ending == "signal":
 elif ending == "collect":
     del reader, requests, slots
     gc.collect()
-elif ending == "exit":
+elif ending in ("exit", "exit under a wait"):
+    if ending == "exit under a wait":
+        threading.Thread(target=requests[3].wait, daemon=True).start()
+        time.sleep(0.02)
     print("ok", flush=True)
     sys.exit(0)
 assert time.perf_counter() - started < 5, time.perf_counter() - started
@@ -123,7 +170,10 @@ print("ok")
 """
 
 
-@pytest.mark.parametrize("ending", ["close", "signal", "collect", "exit"])
+ENDINGS = ["close", "close twice", "signal", "collect", "exit", "exit under a wait"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_nothing_is_written_after_the_end(engine: str, ending: str, tmp_path: Path) -> None:
     make_file(tmp_path / "file", 8 * MIB)
     end_in_flight(tmp_path / "file", engine, ending, dict(os.environ))
@@ -139,8 +189,70 @@ def end_in_flight(path: Path, engine: str, ending: str, environment: dict[str, s
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "ok\n", process.communicate(timeout=60)
+    started = time.monotonic()
     output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output) == (0, "ok\n"), errors
+    assert (process.returncode, output) == (0, ""), errors
+    assert time.monotonic() - started < 5
+
+
+HANG = """
+import ctypes, fcntl, gc, logging, os, struct, sys, threading, time
+from mhaffn.errors import PinnedMemoryError, ReadCancelledError, ReadTimeoutError
+from mhaffn.reader import Extent, PinnedArena, Reader
+
+path, engine = sys.argv[1:]
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+arena = PinnedArena(4 << 20, cuda=False, prefault=False)
+slot = arena.lease(1 << 20, 0)
+# A read that hangs in the kernel: its memory faults, and nobody answers the fault.
+SYS_userfaultfd, UFFDIO_API, UFFDIO_REGISTER = 323, 0xC018AA3F, 0xC020AA00
+faults = ctypes.CDLL(None).syscall(SYS_userfaultfd, os.O_CLOEXEC)
+fcntl.ioctl(faults, UFFDIO_API, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
+fcntl.ioctl(faults, UFFDIO_REGISTER, bytearray(struct.pack("QQQQ", slot.address, 2 << 20, 1, 0)))
+
+reader = Reader(engine=engine, arena=arena)
+request = reader.submit([Extent(path, 0, 1 << 20)], slot)
+try:
+    request.wait(0.2)
+    raise SystemExit("the read does not hang")
+except ReadTimeoutError:
+    pass
+ticks, stop = [], threading.Event()
+def tick():
+    while not stop.wait(0.01):
+        ticks.append(time.perf_counter())
+ticker = threading.Thread(target=tick)
+ticker.start()
+started = time.perf_counter()
+del reader
+gc.collect()
+took = time.perf_counter() - started
+stop.set()
+ticker.join()
+assert took < 5, took
+assert max(b - a for a, b in zip(ticks, ticks[1:])) < took / 2, "no other thread ran meanwhile"
+slot.release()
+assert arena.info().leaked_bytes == 1 << 20
+try:
+    arena.lease(4096, 4096)
+    raise SystemExit("leaked memory was leased again")
+except PinnedMemoryError:
+    pass
+try:
+    request.wait(0)
+    raise SystemExit("a read that hung was taken for one that ended well")
+except ReadCancelledError:
+    pass
+os.close(faults)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or os.uname().machine != "x86_64", reason="userfaultfd by number, as root")
+def test_a_read_that_never_ends_is_given_up(engine: str, tmp_path: Path) -> None:
+    make_file(tmp_path / "file", 1 * MIB)
+    output = run_python(HANG, str(tmp_path / "file"), engine)
+    assert "1048576 bytes of pinned memory are leaked" in output
 
 
 @pytest.mark.slow
@@ -179,5 +291,5 @@ def test_the_same_under_address_sanitizer(tmp_path: Path) -> None:
     )  # fmt: skip
     assert str(tmp_path) in loaded.stdout, loaded
     for engine in ("threads",) if _native.liburing == "none" else ("io_uring", "threads"):
-        for ending in ("close", "signal", "collect", "exit"):
+        for ending in ENDINGS:
             end_in_flight(tmp_path / "file", engine, ending, environment)
