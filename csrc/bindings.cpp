@@ -111,9 +111,9 @@ void raise_in_python(const Failure& failure) {
   const py::module_ errors = py::module_::import("mhaffn.errors");
   switch (failure.kind) {
     case ErrorKind::kUnavailable:
-      return py::set_error(errors.attr("EngineUnavailableError"), failure.message.c_str());
+      return py::set_error(errors.attr("EngineUnavailableError"), to_str(failure.message));
     case ErrorKind::kPinned:
-      return py::set_error(errors.attr("PinnedMemoryError"), failure.message.c_str());
+      return py::set_error(errors.attr("PinnedMemoryError"), to_str(failure.message));
     default:
       break;
   }
@@ -123,7 +123,7 @@ void raise_in_python(const Failure& failure) {
                                                              : "ReadError";
   const py::object type = errors.attr(name);
   const py::object error =
-      type(failure.message, py::arg("op") = failure.op, py::arg("path") = failure.path,
+      type(to_str(failure.message), py::arg("op") = failure.op, py::arg("path") = to_str(failure.path),
            py::arg("offset") = failure.offset, py::arg("length") = failure.length, py::arg("errno") = failure.error);
   PyErr_SetObject(type.ptr(), error.ptr());
 }
@@ -168,7 +168,7 @@ py::dict to_dict(const DeviceInfo& info) {
   result["direct"] = info.direct;
   result["registered_buffers"] = info.registered_buffers;
   result["registered_files"] = info.registered_files;
-  result["detail"] = info.detail;
+  result["detail"] = to_str(info.detail);
   result["bytes_read"] = info.bytes_read;
   result["busy_s"] = info.busy_s;
   result["retries"] = info.retries;
@@ -178,11 +178,13 @@ py::dict to_dict(const DeviceInfo& info) {
 py::dict to_dict(const ReaderInfo& info) {
   py::list devices;
   for (const DeviceInfo& device : info.devices) devices.append(to_dict(device));
+  py::tuple reasons(info.reasons.size());
+  for (size_t i = 0; i < info.reasons.size(); ++i) reasons[i] = to_str(info.reasons[i]);
   py::dict result;
   result["engine"] = info.engine;
   result["direct"] = info.direct;
   result["registered_buffers"] = info.registered_buffers;
-  result["reasons"] = py::tuple(py::cast(info.reasons));
+  result["reasons"] = reasons;
   result["devices"] = devices;
   result["bytes_read"] = info.bytes_read;
   result["busy_s"] = info.busy_s;

@@ -9,17 +9,20 @@
 namespace mhaffn {
 
 Layout lay_out(const std::vector<Extent>& extents) {
+  constexpr uint64_t kEnd = INT64_MAX - kPageBytes;
+  constexpr const char* kTooMuch = "the extents of one request add up past the range of file offsets";
   Layout layout;
   layout.placements.resize(extents.size());
   std::vector<std::string> paths;
   std::unordered_map<std::string, std::vector<size_t>> by_path;
   for (size_t i = 0; i < extents.size(); ++i) {
     const Extent& extent = extents[i];
-    constexpr uint64_t kEnd = INT64_MAX - kPageBytes;
     if (extent.offset > kEnd || extent.length > kEnd - extent.offset) {
       throw std::invalid_argument(extent.path + ": bytes " + std::to_string(extent.offset) + " + " +
                                   std::to_string(extent.length) + " pass the range of file offsets");
     }
+    if (extent.path.find('\0') != std::string::npos) throw std::invalid_argument("a path holds a null byte");
+    if (layout.extent_bytes > kEnd - extent.length) throw std::invalid_argument(kTooMuch);
     layout.extent_bytes += extent.length;
     if (extent.length == 0) continue;
     auto& indices = by_path[extent.path];
@@ -40,6 +43,7 @@ Layout lay_out(const std::vector<Extent>& extents) {
       Cover& cover = layout.covers.back();
       cover.need = std::max(cover.need, end - cover.offset);
       cover.length = round_up(cover.need, kPageBytes);
+      if (cover.position > kEnd - cover.length) throw std::invalid_argument(kTooMuch);
       layout.cover_bytes = cover.position + cover.length;
       layout.placements[i] = cover.position + (extents[i].offset - cover.offset);
     }

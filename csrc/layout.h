@@ -32,7 +32,7 @@ struct Layout {
   uint64_t extent_bytes = 0;
 };
 
-// Throws std::invalid_argument for an extent past the range of file offsets.
+// Throws std::invalid_argument for extents that pass the range of file offsets, one or all of them.
 Layout lay_out(const std::vector<Extent>& extents);
 
 }  // namespace mhaffn

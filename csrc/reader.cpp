@@ -9,12 +9,12 @@
 namespace mhaffn {
 
 Reader::Reader(const ReaderOptions& options, std::shared_ptr<Arena> arena) {
-  if (options.block_bytes < kPageBytes || options.block_bytes % kPageBytes != 0 ||
-      options.block_bytes > kRegisteredPieceBytes) {
+  constexpr int64_t kPage = kPageBytes, kLargestBlock = kRegisteredPieceBytes;
+  if (options.block_bytes < kPage || options.block_bytes % kPage != 0 || options.block_bytes > kLargestBlock) {
     throw std::invalid_argument("block_bytes is a multiple of 4096 up to 1 GiB, got " +
                                 std::to_string(options.block_bytes));
   }
-  constexpr unsigned kLargestDepth = 256;
+  constexpr int64_t kLargestDepth = 256;
   if (options.depth < 1 || options.depth > kLargestDepth) {
     throw std::invalid_argument("depth lies between 1 and 256, got " + std::to_string(options.depth));
   }

@@ -18,8 +18,8 @@ struct ReaderOptions {
   EngineKind engine = EngineKind::kAuto;
   Direct direct = Direct::kAuto;
   bool strict = false;
-  uint32_t block_bytes = 4 << 20;
-  unsigned depth = 8;
+  int64_t block_bytes = 4 << 20;
+  int64_t depth = 8;
   double close_limit_s = 4.0;
 };
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -108,6 +110,7 @@ uint64_t Request::wait_ready(uint64_t nbytes, std::optional<double> timeout_s, c
 uint64_t Request::wait_until(uint64_t nbytes, std::optional<double> timeout_s, const Interrupt& interrupt) {
   constexpr double kSliceS = 0.1;
   owner_.require("this Request");
+  if (timeout_s && std::isnan(*timeout_s)) throw std::invalid_argument("timeout: got a value that is no number");
   const double start = monotonic_s();
   std::unique_lock<std::mutex> lock(mutex_);
   while (!done_ && ready_ < nbytes) {

@@ -157,8 +157,8 @@ void Router::route(const std::shared_ptr<Request>& request) {
     for (uint64_t at = 0; at < cover.length;) {
       const uint64_t place = start + cover.position + at;
       const uint64_t to_boundary = kRegisteredPieceBytes - place % kRegisteredPieceBytes;
-      const auto length =
-          static_cast<uint32_t>(std::min({uint64_t{options_.block_bytes}, cover.length - at, to_boundary}));
+      const auto length = static_cast<uint32_t>(
+          std::min({static_cast<uint64_t>(options_.block_bytes), cover.length - at, to_boundary}));
       const auto need = static_cast<uint32_t>(std::min<uint64_t>(length, cover.need - at));
       part->add(file, {file.get(), cover.offset + at, lease->arena()->address() + place, length, need},
                 request->runs_.size());
@@ -181,8 +181,14 @@ std::shared_ptr<DeviceThread> Router::device(const DeviceKey& key) {
     // Buffered reads copy: threads spread the copying, one ring would not.
     const EngineKind engine = options_.engine == EngineKind::kAuto && !key.second ? EngineKind::kThreads : engine_;
     device = std::make_shared<DeviceThread>(std::to_string(major(key.first)) + ":" + std::to_string(minor(key.first)),
-                                            key.second, engine, RingSetup{options_.depth, arena_, reasons_});
-    DeviceThread::start(device);
+                                            key.second, engine,
+                                            RingSetup{static_cast<unsigned>(options_.depth), arena_, reasons_});
+    try {
+      DeviceThread::start(device);
+    } catch (...) {
+      devices_.erase(key);  // the next request tries again
+      throw;
+    }
   }
   return device;
 }

@@ -57,6 +57,10 @@ class Extent:
     offset: int
     length: int
 
+    def __post_init__(self) -> None:
+        if min(self.offset, self.length) < 0 or max(self.offset, self.length) >= 1 << 63:
+            raise ValueError(f"{self.path!r}: bytes {self.offset} + {self.length} are no range of a file")
+
 
 @dataclass(frozen=True)
 class ArenaInfo:
@@ -227,21 +231,21 @@ class Reader:
         if leaked:
             log.error("%d bytes of pinned memory are leaked: reads into them could not be ended", leaked)
 
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(
     def __del__(self) -> None:
         with suppress(AttributeError, EngineUnavailableError):  # not made; or in a fork, where it is not ours
             self.close()
 
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
 
-def _tuples(extents: Sequence[Extent]) -> list[tuple[str, int, int]]:
-    return [(os.fspath(extent.path), extent.offset, extent.length) for extent in extents]
+def _tuples(extents: Sequence[Extent]) -> list[tuple[bytes, int, int]]:
+    return [(os.fsencode(extent.path), extent.offset, extent.length) for extent in extents]
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,33 @@ def test_what_cannot_fit_is_refused(reader: Reader, arena: PinnedArena) -> None:
             reader.submit([Extent("f", (1 << 63) - 1, 1)], slot)
 
 
+def test_what_adds_up_past_all_files_is_refused(reader: Reader, arena: PinnedArena) -> None:
+    most = (1 << 63) - 16384
+    extents = [Extent("a", 0, most), Extent("b", 0, most), Extent("c", 0, 65536)]  # 64 bits hold less than they sum to
+    for some in (extents, [extents[0]] * 3):
+        with pytest.raises(ValueError, match="add up"):
+            reader.cover_bytes(some)
+        with arena.lease(MIB) as slot, pytest.raises(ValueError, match="add up"):
+            reader.submit(some, slot)
+
+
+def test_what_is_no_range_is_refused() -> None:
+    for offset, length in [(-1, 1), (0, -1), (1 << 64, 1), (0, 1 << 63)]:
+        with pytest.raises(ValueError, match="no range"):
+            Extent("f", offset, length)
+
+
+def test_any_name_a_file_can_have(reader: Reader, arena: PinnedArena, tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff name \xe2\x82\xac")
+    content = make_file(Path(path), 5000)
+    assert read(reader, arena, [Extent(path, 1, 4999)]) == [content[1:]]
+    with arena.lease(8192) as slot, pytest.raises(TruncatedFileError) as caught:
+        reader.submit([Extent(path, 0, 5001)], slot).wait(30)
+    assert caught.value.path == path and path in str(caught.value)
+    with arena.lease(8192) as slot, pytest.raises(ValueError, match="null byte"):
+        reader.submit([Extent(path + "\0.safetensors", 0, 5000)], slot)
+
+
 def test_what_is_not_a_file_is_refused(reader: Reader, arena: PinnedArena, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, error in [(tmp_path, errno.EISDIR), (tmp_path / "pipe", errno.EINVAL)]:
@@ -215,7 +242,12 @@ def test_waits_end_and_requests_go_on(reader: Reader, arena: PinnedArena, tmp_pa
         with pytest.raises(ReadTimeoutError) as caught:
             request.wait(0)
         assert caught.value.path == str(tmp_path / "file")
-        request.wait(30)
+        with pytest.raises(ValueError, match="no number"):
+            request.wait(float("nan"))
+        with pytest.raises(ReadTimeoutError):
+            request.wait_ready(15 * MIB, float("-inf"))
+        request.wait(float("inf"))
+        request.wait(0)
         assert bytes(slot) == content
 
 
@@ -265,6 +297,8 @@ def test_settings_out_of_range_are_refused() -> None:
         ({"direct": "maybe"}, "direct: got"),
         ({"block_bytes": 1000}, "multiple of 4096"),
         ({"block_bytes": 2 << 30}, "up to 1 GiB"),
+        ({"block_bytes": -4096}, "multiple of 4096"),
+        ({"depth": -1}, "between 1 and 256"),
         ({"depth": 0}, "between 1 and 256"),
     ]:
         with pytest.raises(ValueError, match=message):
