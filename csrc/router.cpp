@@ -150,8 +150,10 @@ void Router::route(const std::shared_ptr<Request>& request) {
   std::map<DeviceKey, std::shared_ptr<Part>> parts;
   std::shared_ptr<Lease> lease = request->lease();
   const uint64_t start = lease->offset() + request->slot_offset_;
+  std::shared_ptr<File> file;
   for (const Cover& cover : request->layout_.covers) {
-    const std::shared_ptr<File> file = files_.get(cover.path);
+    // One version of a file for all of a request: another may be put in its place meanwhile.
+    if (!file || file->path() != cover.path) file = files_.get(cover.path);
     auto& part = parts[{file->identity().device, file->direct()}];
     if (!part) part = std::make_shared<Part>(request);
     for (uint64_t at = 0; at < cover.length;) {

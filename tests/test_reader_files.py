@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +57,56 @@ def test_a_file_truncated_while_it_is_read(engine: str, direct: str, arena: Pinn
     pytest.fail("the file was read before it could be truncated, 20 times")
 
 
+def test_one_request_reads_one_version_of_a_file(engine: str, arena: PinnedArena, tmp_path: Path) -> None:
+    count, step = 8000, 8192
+    path, new = tmp_path / "file", tmp_path / "new"
+    extents = [Extent(str(path), i * step, 16) for i in range(count)]
+
+    def write(version: int) -> None:
+        with new.open("wb") as file:
+            for _ in range(count):
+                file.write(bytes([version]) * 16 + bytes(step - 16))
+            file.flush()
+            os.fsync(file.fileno())
+
+    write(0)
+    new.replace(path)
+    with Reader(engine=engine, depth=64, arena=arena) as reader, arena.lease(count * 4096) as slot:  # type: ignore[arg-type]
+        for turn in range(5):
+            write(turn + 1)
+            request = reader.submit(extents, slot)
+            time.sleep(turn * 1e-3)
+            new.replace(path)
+            request.wait(30)
+            with memoryview(slot) as view:
+                versions = {view[at] for at in request.placements}
+            assert versions < {turn, turn + 1}, versions
+
+
+def test_a_file_that_grows_shrinks_and_is_replaced(engine: str, arena: PinnedArena, tmp_path: Path) -> None:
+    path, rng, content = tmp_path / "file", random.Random(0), b""
+    path.touch()
+    with Reader(engine=engine, block_bytes=64 << 10, arena=arena) as reader, arena.lease(8 * MIB) as slot:  # type: ignore[arg-type]
+        for _ in range(200):
+            change = rng.choice(("grow", "shrink", "replace"))
+            if change == "grow":
+                more = rng.randbytes(rng.randrange(1, 100_000))
+                with path.open("ab") as file:
+                    file.write(more)
+                content += more
+            elif change == "shrink":
+                content = content[: rng.randrange(len(content) + 1)]
+                os.truncate(path, len(content))
+            else:
+                content = make_file(tmp_path / "new", rng.randrange(1, 200_000))
+                (tmp_path / "new").replace(path)
+            reader.submit([Extent(str(path), 0, len(content))], slot).wait(30)
+            assert bytes(slot)[: len(content)] == content
+            with pytest.raises(TruncatedFileError) as caught:
+                reader.submit([Extent(str(path), 0, len(content) + 1)], slot).wait(30)
+            assert caught.value.offset == len(content)
+
+
 def resident_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
@@ -72,9 +124,13 @@ def test_a_blob_across_the_1_gib_boundary(engine: str, tmp_path: Path) -> None:
             digest.update(piece)
             file.write(piece)
         os.fsync(file.fileno())
-    for _ in range(2):  # the second time, whatever is allocated once is there
+    # The second time, whatever is allocated once is there; the last block size does not divide 1 GiB.
+    for block_bytes in (4 * MIB, 4 * MIB, 5 * MIB + 4096):
         before = resident_bytes()
-        with PinnedArena(size, cuda=False) as arena, Reader(engine=engine, arena=arena) as reader:  # type: ignore[arg-type]
+        with (
+            PinnedArena(size, cuda=False) as arena,
+            Reader(engine=engine, block_bytes=block_bytes, arena=arena) as reader,  # type: ignore[arg-type]
+        ):
             with arena.lease(size) as slot:
                 request = reader.submit([Extent(str(tmp_path / "blob"), 0, size)], slot)
                 request.wait()
@@ -86,7 +142,7 @@ def test_a_blob_across_the_1_gib_boundary(engine: str, tmp_path: Path) -> None:
 
 
 SIZES = [1, 511, 512, 513, 4095, 4096, 4097, 8191, 10 * 4096 - 1, 10 * 4096, 10 * 4096 + 1]
-OFFSETS = [0, 1, 511, 512, 4095, 4096, 4097]
+OFFSETS = [0, 1, 511, 512, 4095, 4096, 4097, 7 * 4096 - 1, 7 * 4096, 7 * 4096 + 1]
 
 
 def read_sizes_and_offsets(engine: str, folder: Path, arena: PinnedArena) -> Reader:
