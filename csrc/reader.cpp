@@ -1,6 +1,7 @@
 #include "reader.h"
 
 #include <stdexcept>
+#include <system_error>
 #include <utility>
 
 #include "fallback.h"
@@ -35,7 +36,11 @@ Reader::Reader(const ReaderOptions& options, std::shared_ptr<Arena> arena) {
     }
   }
   router_ = std::make_shared<Router>(options, std::move(arena), engine, std::move(reasons));
-  router_->start();
+  try {
+    router_->start();
+  } catch (const std::system_error& error) {
+    fail_unavailable(std::string("no thread could be started: ") + error.what(), error.code().value());
+  }
 }
 
 Reader::~Reader() {

@@ -20,9 +20,10 @@ constexpr uint64_t kWakeToken = UINT64_MAX;
 constexpr uint64_t kCancelToken = UINT64_MAX - 1;
 constexpr unsigned kFileSlots = 256;
 constexpr double kLeastHugePageShare = 0.5;
+constexpr const char* kSetUpFailed = "io_uring set-up failed: ";
 
-std::string explain_setup(int error) {
-  std::string text = "io_uring set-up failed: " + errno_text(error);
+std::string explain(const char* what, int error) {
+  std::string text = std::string(what) + errno_text(error);
   if (error == EPERM || error == ENOSYS) {
     text += ", blocked by a seccomp profile, kernel.io_uring_disabled or an old kernel";
   } else if (error == ENOMEM) {
@@ -71,7 +72,8 @@ class UringRing : public WakeableRing {
  public:
   UringRing(const RingSetup& setup, RingFeatures& features) : wake_fd_(eventfd(0, EFD_CLOEXEC)) {
     if (!wake_fd_) fail_unavailable("eventfd failed: " + errno_text(errno), errno);
-    if (const int error = set_up(ring_, setup.depth, features.detail)) fail_unavailable(explain_setup(error), error);
+    if (const int error = set_up(ring_, setup.depth, features.detail))
+      fail_unavailable(explain(kSetUpFailed, error), error);
     io_uring_ring_dontfork(&ring_);
     try {
       if (setup.arena) features.registered_buffers = register_arena(setup, features.detail);
@@ -242,9 +244,12 @@ std::string why_no_uring() {
   io_uring ring;
   std::string detail;
   const int error = set_up(ring, 1, detail);
-  if (error != 0) return explain_setup(error);
+  if (error != 0) return explain(kSetUpFailed, error);
+  // A filter may let a ring be made and not used.
+  io_uring_prep_nop(io_uring_get_sqe(&ring));
+  const int submitted = io_uring_submit_and_wait(&ring, 1);
   io_uring_queue_exit(&ring);
-  return "";
+  return submitted < 0 ? explain("io_uring takes no requests: ", -submitted) : "";
 }
 
 }  // namespace mhaffn

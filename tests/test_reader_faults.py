@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,17 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+IO_URING_SETUP, IO_URING_ENTER = 425, 426
 BLOCK_URING = """
 import ctypes, json, struct, sys
 from mhaffn.errors import EngineUnavailableError
 from mhaffn.reader import Extent, PinnedArena, Reader
 
-IO_URING_SETUP = 425
 def statement(code, value, true=0, false=0):
     return struct.pack("HBBI", code, true, false, value)
 program = b"".join([
     statement(0x20, 0),                               # load the system call's number
-    statement(0x15, IO_URING_SETUP, 0, 1),            # another: skip one
+    statement(0x15, int(sys.argv[3]), 0, 1),          # another: skip one
     statement(0x06, 0x00050000 | int(sys.argv[2])),   # fail with this errno
     statement(0x06, 0x7FFF0000),                      # allow
 ])
@@ -57,10 +58,11 @@ print(json.dumps([info.engine, info.reasons, errors, xxhash.xxh3_64_hexdigest(da
 
 
 @needs_uring
+@pytest.mark.parametrize("call", [IO_URING_SETUP, IO_URING_ENTER])
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS])
-def test_a_blocked_io_uring_falls_back_to_the_pool(tmp_path: Path, error: int) -> None:
+def test_a_blocked_io_uring_falls_back_to_the_pool(tmp_path: Path, error: int, call: int) -> None:
     content = make_file(tmp_path / "file", 2_000_000)
-    output = run_python(BLOCK_URING, str(tmp_path / "file"), str(error))
+    output = run_python(BLOCK_URING, str(tmp_path / "file"), str(error), str(call))
     engine, reasons, errors, digest = json.loads(output)
     assert digest == xxhash.xxh3_64_hexdigest(content[5:1_000_005])
     assert engine == "threads"
@@ -106,6 +108,84 @@ def test_without_memlock_buffers_are_not_registered(tmp_path: Path) -> None:
     (reason,) = reasons
     for text in (reason, strict):
         assert "ENOMEM" in text and "memlock is limited to 64 KiB" in text and "ulimit -l unlimited" in text
+
+
+LIMIT_THREADS = """
+import os, resource, sys
+from mhaffn.errors import EngineUnavailableError, ReadError
+from mhaffn.reader import Extent, PinnedArena, Reader
+
+path, engine = sys.argv[1:]
+content = open(path, "rb").read()
+with PinnedArena(2 << 20, cuda=False) as arena, Reader(engine=engine, arena=arena) as reader:
+    slot = arena.lease(len(content))
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+    for _ in range(2):
+        try:
+            reader.submit([Extent(path, 0, len(content))], slot).wait(20)
+            raise SystemExit("read without a thread")
+        except ReadError as error:
+            assert "could not be started" in str(error), error
+    try:
+        Reader(engine=engine)
+        raise SystemExit("made without a thread")
+    except EngineUnavailableError as error:
+        assert "no thread" in str(error), error
+    resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+    reader.submit([Extent(path, 0, len(content))], slot).wait(20)
+    assert bytes(slot) == content
+    slot.release()
+print("ok")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user without other threads")
+def test_without_threads_requests_fail_until_there_are_some(engine: str, tmp_path: Path) -> None:
+    for folder in [tmp_path, *tmp_path.parents][:3]:
+        folder.chmod(0o755)
+    make_file(tmp_path / "file", MIB)
+    assert run_python(LIMIT_THREADS, str(tmp_path / "file"), engine) == "ok\n"
+
+
+LIMIT_FILES = """
+import os, resource, sys
+from mhaffn.errors import EngineUnavailableError, ReadError
+from mhaffn.reader import Extent, PinnedArena, Reader
+
+path, engine = sys.argv[1:]
+content = open(path, "rb").read()
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+held = []
+with PinnedArena(2 << 20, cuda=False) as arena, arena.lease(len(content)) as slot:
+    try:
+        while True:
+            held.append(os.open(path, os.O_RDONLY))
+    except OSError:
+        pass
+    outcomes = []
+    for _ in range(5):  # with one more descriptor to use each time
+        try:
+            with Reader(engine=engine, arena=arena) as reader:
+                reader.submit([Extent(path, 0, len(content))], slot).wait(20)
+                assert bytes(slot) == content
+                outcomes.append("ok")
+        except (EngineUnavailableError, ReadError) as error:
+            assert "EMFILE" in str(error), error
+            outcomes.append("refused")
+        os.close(held.pop())
+assert (outcomes[0], outcomes[-1]) == ("refused", "ok"), outcomes
+assert outcomes == sorted(outcomes, reverse=True), outcomes
+print("ok")
+"""
+
+
+def test_without_descriptors_requests_are_refused(engine: str, tmp_path: Path) -> None:
+    make_file(tmp_path / "file", MIB)
+    assert run_python(LIMIT_FILES, str(tmp_path / "file"), engine) == "ok\n"
 
 
 TICKER = """
