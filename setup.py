@@ -16,9 +16,12 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 SOURCES = [
     "bindings.cpp",
+    "cuda.cpp",
     "device_thread.cpp",
     "file.cpp",
     "layout.cpp",
+    "mapping.cpp",
+    "numa.cpp",
     "pinned.cpp",
     "reader.cpp",
     "request.cpp",

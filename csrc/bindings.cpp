@@ -199,7 +199,7 @@ std::shared_ptr<Arena> make_arena(size_t nbytes, const std::string& cuda, bool p
   options.cuda =
       choose<UseCuda>(cuda, {{"auto", UseCuda::kAuto}, {"yes", UseCuda::kYes}, {"no", UseCuda::kNo}}, "cuda");
   options.prefault = prefault;
-  options.numa_node = numa_node.value_or(-1);
+  options.numa_node = numa_node.value_or(kNearGpu);
   const GilReleased released;
   return Arena::create(options);
 }

@@ -8,7 +8,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include "pinned.h"
+#include "mapping.h"
 
 namespace mhaffn {
 namespace {

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
-#include "pinned.h"
+#include "mapping.h"
 
 namespace mhaffn {
 

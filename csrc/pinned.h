@@ -1,8 +1,6 @@
 // Host memory that devices read from and write to: mapped once, huge pages, registered once, leased in pieces.
 #pragma once
 
-#include <unistd.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -12,58 +10,22 @@
 #include <string>
 
 #include "error.h"
+#include "mapping.h"
+#include "process.h"
 
 namespace mhaffn {
 
-constexpr size_t kPageBytes = 4096;
-constexpr size_t kHugePageBytes = 2 << 20;
-
-constexpr size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Memory, threads and rings are not shared with a fork: each object knows the process that made it.
-class Process {
- public:
-  Process() : id_(getpid()) {}
-  bool is_current() const { return getpid() == id_; }
-  // Throws Error(kUnavailable) in a fork of the process.
-  void require(const char* what) const {
-    if (!is_current()) {
-      fail_unavailable(std::string(what) + " belongs to process " + std::to_string(id_) +
-                       " and does not work in its fork " + std::to_string(getpid()) +
-                       ": make new ones there (multiprocessing: start method \"spawn\")");
-    }
-  }
-
- private:
-  const pid_t id_;
-};
-
-// An anonymous mapping, aligned to and a multiple of its page size; not inherited by forks.
-class Mapping {
- public:
-  // Throws Error(kPinned).
-  explicit Mapping(size_t nbytes);
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-  ~Mapping();
-  char* address() const { return address_; }
-  size_t nbytes() const { return nbytes_; }
-
- private:
-  Process owner_;
-  char* address_ = nullptr;
-  size_t nbytes_ = 0;
-};
-
 enum class UseCuda { kAuto, kYes, kNo };
+
+// Where there is more than one node with memory.
+constexpr int kNearGpu = -1;
 
 struct ArenaOptions {
   size_t nbytes = 0;
   UseCuda cuda = UseCuda::kAuto;
   bool prefault = true;
   double prefault_limit_s = 60.0;
-  // -1: near the GPU, where there is more than one node.
-  int numa_node = -1;
+  int numa_node = kNearGpu;
 };
 
 struct ArenaInfo {

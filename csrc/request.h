@@ -14,6 +14,7 @@
 #include "file.h"
 #include "layout.h"
 #include "pinned.h"
+#include "process.h"
 
 namespace mhaffn {
 

@@ -125,8 +125,8 @@ class PinnedArena:
     """Host memory for transfers: anonymous, 2 MiB aligned, in huge pages, faulted in, registered with CUDA.
 
     ``nbytes`` is rounded up to 2 MiB. ``cuda``: "auto" registers where a CUDA device can be used, True
-    insists, False leaves it. ``numa_node``: None is the GPU's, where there is a choice. A fork does not
-    inherit the memory. Raises :class:`~mhaffn.errors.PinnedMemoryError`.
+    insists, False leaves it. ``numa_node``: None is the GPU's, where there is a choice; a number insists. A fork
+    does not inherit the memory. Raises :class:`~mhaffn.errors.PinnedMemoryError`.
     """
 
     def __init__(

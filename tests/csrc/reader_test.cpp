@@ -13,13 +13,17 @@
 
 #include <atomic>
 #include <chrono>
+#include <filesystem>
+#include <fstream>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "check.h"
+#include "numa.h"
 
 using namespace mhaffn;
+namespace fs = std::filesystem;
 
 namespace {
 
@@ -157,6 +161,65 @@ class Log : public FallbackLog {
   const bool allows_;
 };
 
+// A sysfs with these contents, and no others.
+class FakeSysfs {
+ public:
+  FakeSysfs(const char* has_memory, const char* numa_node) : root_(fs::temp_directory_path() / "mhaffn-sysfs-XXXXXX") {
+    std::string name = root_.string();
+    CHECK(mkdtemp(name.data()));
+    root_ = name;
+    if (has_memory) put("devices/system/node/has_memory", has_memory);
+    if (numa_node) put(std::string("bus/pci/devices/") + kGpu + "/numa_node", numa_node);
+  }
+  ~FakeSysfs() { fs::remove_all(root_); }
+
+  static constexpr const char* kGpu = "0000:3b:00.0";
+  int node_of(const char* address) const { return near_node(root_.string(), address); }
+
+ private:
+  void put(const fs::path& path, const char* content) const {
+    fs::create_directories((root_ / path).parent_path());
+    std::ofstream(root_ / path) << content;
+  }
+  fs::path root_;
+};
+
+void test_memory_is_near_the_gpu_where_there_is_a_choice() {
+  const struct {
+    const char *has_memory, *numa_node;
+    int expected;
+  } machines[] = {
+      {"0-1\n", "1\n", 1},      {"0-1\n", "0\n", 0},         {"0,2-3\n", "3\n", 3},   // two or three nodes
+      {"0\n", "0\n", -1},       {nullptr, nullptr, -1},      {"0-1\n", nullptr, -1},  // no choice; no NUMA; no such GPU
+      {"0-1\n", "-1\n", -1},    {"0-1\n", "5\n", -1},        {"0,2\n", "1\n", -1},  // not known; a node without memory
+      {"rubbish\n", "1\n", -1}, {"0-rubbish\n", "1\n", -1},  {"1-0\n", "1\n", -1},  // garbage
+      {"0-1x\n", "1\n", -1},    {"0-99999999\n", "1\n", -1}, {"", "", -1},           {"0-1\n", "rubbish\n", -1},
+      {"0--1\n", "1\n", -1},    {"-1,0-1\n", "1\n", -1},
+  };
+  for (const auto& machine : machines) {
+    const FakeSysfs sysfs(machine.has_memory, machine.numa_node);
+    CHECK(sysfs.node_of(FakeSysfs::kGpu) == machine.expected);
+    CHECK(sysfs.node_of("0000:00:00.0") == -1 && sysfs.node_of("") == -1);
+  }
+}
+
+void test_a_node_asked_for_is_used_or_refused() {
+  ArenaOptions options;
+  options.nbytes = 2 << 20;
+  options.cuda = UseCuda::kNo;
+  options.numa_node = 0;
+  if (fs::exists("/sys/devices/system/node/node0")) CHECK(Arena::create(options)->info().numa_node == 0);
+  for (int node : {-2, 1000, 1 << 20}) {
+    options.numa_node = node;
+    try {
+      Arena::create(options);
+      CHECK(!"memory of a node that is not there");
+    } catch (const Error& error) {
+      CHECK(error.failure().kind == ErrorKind::kPinned);
+    }
+  }
+}
+
 // Faulting in ends when its time is up; the rest follows when it is used.
 void test_prefault_is_bounded_in_time() {
   ArenaOptions options;
@@ -264,6 +327,8 @@ int main(int argc, char** argv) {
     }
     std::printf("reader_test: %s ok\n", name);
   }
+  test_memory_is_near_the_gpu_where_there_is_a_choice();
+  test_a_node_asked_for_is_used_or_refused();
   test_prefault_is_bounded_in_time();
   test_a_refused_direct_read_goes_on_buffered();
   test_what_cannot_be_drained_is_leaked();
