@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,19 @@ def loop_mount(folder: Path, size: int, sector: int) -> Iterator[Path]:
             yield mount
         finally:
             subprocess.run(["umount", "--lazy", str(mount)], check=False)
+
+
+def build_package(folder: Path, **environment: str) -> tuple[Path, str]:
+    """The package with an extension built under ``environment``: where it is to be imported from, and the output."""
+    site = folder / "site"
+    # Not the extension that is here already.
+    shutil.copytree(ROOT / "mhaffn", site / "mhaffn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(folder / "temp"), "--build-lib", str(site)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    return site, built.stdout
 
 
 def run_python(script: str, *arguments: str, timeout: float = 60, **options: object) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mhaffn import _native
-from tests.reader_files import ENGINES, MIB, ROOT, make_file, run_python
+from tests.reader_files import ENGINES, MIB, ROOT, build_package, make_file, run_python
 
 
 @pytest.fixture(params=ENGINES)
@@ -266,16 +266,7 @@ def test_the_same_under_address_sanitizer(tmp_path: Path) -> None:
     if not all(Path(library).is_absolute() for library in runtime):
         pytest.skip("no AddressSanitizer runtime")
     flags = "-fsanitize=address -g -O1"
-    package = tmp_path / "site" / "mhaffn"
-    package.mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "reader.py"):
-        (package / name).write_text((ROOT / "mhaffn" / name).read_text())
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "temp"),
-         "--build-lib", str(tmp_path / "site")],
-        check=True, cwd=ROOT, capture_output=True,
-        env={**os.environ, "CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": flags},
-    )  # fmt: skip
+    site, _ = build_package(tmp_path, CFLAGS=flags, CXXFLAGS=flags, LDFLAGS=flags)
     make_file(tmp_path / "file", 8 * MIB)
     environment = {
         **os.environ,
@@ -283,7 +274,7 @@ def test_the_same_under_address_sanitizer(tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
         "PYTHONMALLOC": "malloc",
         "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": str(tmp_path / "site"),
+        "PYTHONPATH": str(site),
     }
     loaded = subprocess.run(
         [sys.executable, "-c", "import mhaffn._native as n; print(n.__file__)"],
