@@ -4,8 +4,9 @@
     pytest bench/bench_reader.py --basetemp=/mnt/fast/bench    another disk
 
 First every peer setting is tried; the best one then runs in pairs with the reader, one after the other, each
-reading the whole file. Bytes are checked before anything is timed. Results with every sample go to
-``bench/results/reader-<machine>.json``. fio gets huge pages from the kernel's pool where this runs as root.
+reading the whole file; ``--benchmark-min-rounds=10`` asks for more than eight pairs. Bytes are checked before
+anything is timed. Results with every sample go to ``bench/results/reader-<machine>.json``, and a table of them
+to the terminal. fio gets huge pages from the kernel's pool where this runs as root.
 Where liburing's headers are missing, the loop is taken ready-made from ``build/read_loop``.
 """
 
@@ -34,7 +35,7 @@ MIB, GIB = 1 << 20, 1 << 30
 FILE_BYTES = 4 * GIB
 REQUEST_BYTES = 256 * MIB
 ARENA_BYTES = 1 * GIB
-PAIRS = 10
+LEAST_PAIRS = 8
 TARGETS = {
     "io_uring / best peer": 0.97,
     "threads / io_uring": 0.90,
@@ -131,6 +132,11 @@ def peers(huge_pages: bool, tmp_path_factory: pytest.TempPathFactory) -> list[Pe
     return found
 
 
+@pytest.fixture(scope="module")
+def pairs(pytestconfig: pytest.Config) -> int:
+    return max(LEAST_PAIRS, int(pytestconfig.getoption("benchmark_min_rounds")))
+
+
 @dataclass(frozen=True)
 class Disk:
     """The file that all read, and its content's digest."""
@@ -161,7 +167,7 @@ def arena() -> Iterator[PinnedArena]:
 
 
 @pytest.fixture(scope="module")
-def results() -> Iterator[dict[str, Any]]:
+def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """Written when the module is done, one file a machine."""
     values: dict[str, Any] = {"machine": describe(), "file_bytes": FILE_BYTES, "targets": TARGETS}
     yield values
@@ -170,6 +176,37 @@ def results() -> Iterator[dict[str, Any]]:
     folder = ROOT / "bench" / "results"
     folder.mkdir(exist_ok=True)
     (folder / f"reader-{name}.json").write_text(json.dumps(values, indent=1) + "\n")
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    terminal.write_line("")
+    for line in table(values):
+        terminal.write_line(line)
+
+
+def table(values: dict[str, Any]) -> list[str]:
+    """Median, p20, p80 and target of what was measured, and of each peer that was tried."""
+    best, pairs = values.get("io_uring / best peer", {}), values.get("threads / io_uring", {})
+    rows = [
+        ("io_uring / best peer", best.get("ratio")),
+        ("io_uring, GiB/s", best.get("ours_gib_per_s")),
+        ("best peer, GiB/s", best.get("theirs_gib_per_s")),
+        ("cpu_ms_per_gb", best.get("ours_cpu_ms_per_gb")),
+        ("best peer, CPU ms/GB", best.get("theirs_cpu_ms_per_gb")),
+        ("threads / io_uring", pairs.get("ratio")),
+        ("threads, CPU ms/GB", pairs.get("ours_cpu_ms_per_gb")),
+        ("verify_ms_per_gb", values.get("verify_ms_per_gb")),
+        ("pin_ms_per_gib", values.get("pin_ms_per_gib", {}).get("total")),
+    ]
+    lines = [f"{'':24}{'median':>9}{'p20':>9}{'p80':>9}{'target':>9}"]
+    for name, row in rows:
+        if row:
+            target = values["targets"].get(name, "")
+            lines.append(f"{name:24}{row['median']:9.2f}{row['p20']:9.2f}{row['p80']:9.2f}{target:>9}")
+    if best:
+        lines.append(f"best peer: {best['best_peer']}; engine {best['engine']}, direct {best['direct']}")
+    lines += [
+        f"  {name}: {' '.join(f'{v:.2f}' for v in tried)}" for name, tried in best.get("peers_gib_per_s", {}).items()
+    ]
+    return lines
 
 
 def read_file(
@@ -208,8 +245,8 @@ def paired(ours: list[Sample], theirs: list[Sample]) -> dict[str, Any]:
     }
 
 
-def in_pairs(benchmark: Any, ours: Callable[[], Sample], theirs: Callable[[], Sample]) -> dict[str, Any]:
-    """Times both, one after the other, PAIRS times; pytest-benchmark shows ours."""
+def in_pairs(benchmark: Any, pairs: int, ours: Callable[[], Sample], theirs: Callable[[], Sample]) -> dict[str, Any]:
+    """Times both, one after the other, ``pairs`` times; pytest-benchmark shows ours."""
     mine: list[Sample] = []
     other: list[Sample] = []
 
@@ -219,14 +256,14 @@ def in_pairs(benchmark: Any, ours: Callable[[], Sample], theirs: Callable[[], Sa
     def run_ours() -> None:
         mine.append(ours())
 
-    benchmark.pedantic(run_ours, setup=run_theirs, rounds=PAIRS, iterations=1)
+    benchmark.pedantic(run_ours, setup=run_theirs, rounds=pairs, iterations=1)
     result = paired(mine, other)
     benchmark.extra_info.update({key: value["median"] for key, value in result.items()})
     return result
 
 
 def test_io_uring_against_the_best_peer(
-    benchmark: Any, disk: Disk, arena: PinnedArena, peers: list[Peer], results: dict[str, Any]
+    benchmark: Any, pairs: int, disk: Disk, arena: PinnedArena, peers: list[Peer], results: dict[str, Any]
 ) -> None:
     with Reader(arena=arena) as reader:
         digest = xxhash.xxh3_64()
@@ -234,7 +271,7 @@ def test_io_uring_against_the_best_peer(
         assert digest.hexdigest() == disk.digest
         tried = {peer.name: [peer.run(disk.path).gib_per_s for _ in range(2)] for peer in peers}
         best = max(peers, key=lambda peer: statistics.median(tried[peer.name]))
-        result = in_pairs(benchmark, lambda: read_file(reader, arena, disk.path), lambda: best.run(disk.path))
+        result = in_pairs(benchmark, pairs, lambda: read_file(reader, arena, disk.path), lambda: best.run(disk.path))
         info = reader.info()
     results["io_uring / best peer"] = {
         "engine": info.engine, "direct": info.direct, "reasons": info.reasons, "best_peer": best.name,
@@ -242,22 +279,25 @@ def test_io_uring_against_the_best_peer(
     }  # fmt: skip
 
 
-def test_threads_against_io_uring(benchmark: Any, disk: Disk, arena: PinnedArena, results: dict[str, Any]) -> None:
+def test_threads_against_io_uring(
+    benchmark: Any, pairs: int, disk: Disk, arena: PinnedArena, results: dict[str, Any]
+) -> None:
     with Reader(arena=arena) as uring, Reader(engine="threads") as threads:
         digest = xxhash.xxh3_64()
         read_file(threads, arena, disk.path, digest)
         assert digest.hexdigest() == disk.digest
         results["threads / io_uring"] = in_pairs(
-            benchmark, lambda: read_file(threads, arena, disk.path), lambda: read_file(uring, arena, disk.path)
+            benchmark, pairs, lambda: read_file(threads, arena, disk.path), lambda: read_file(uring, arena, disk.path)
         )
 
 
-def test_verification(benchmark: Any, disk: Disk, arena: PinnedArena, results: dict[str, Any]) -> None:
+def test_verification(benchmark: Any, pairs: int, disk: Disk, arena: PinnedArena, results: dict[str, Any]) -> None:
     """CPU time of XXH3 over what was read, apart from the reading: the difference of two runs, one after the other."""
     with Reader(arena=arena) as reader:
         size = FILE_BYTES // 2
         result = in_pairs(
             benchmark,
+            pairs,
             lambda: read_file(reader, arena, disk.path, xxhash.xxh3_64(), size),
             lambda: read_file(reader, arena, disk.path, size=size),
         )
