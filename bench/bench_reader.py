@@ -18,6 +18,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -176,10 +177,8 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     folder = ROOT / "bench" / "results"
     folder.mkdir(exist_ok=True)
     (folder / f"reader-{name}.json").write_text(json.dumps(values, indent=1) + "\n")
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    terminal.write_line("")
-    for line in table(values):
-        terminal.write_line(line)
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        sys.stdout.write("\n".join(["", *table(values), ""]))
 
 
 def table(values: dict[str, Any]) -> list[str]:
