@@ -21,7 +21,7 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-IO_URING_SETUP, IO_URING_ENTER = 425, 426
+IO_URING_SETUP, IO_URING_ENTER, IO_URING_REGISTER = 425, 426, 427
 BLOCK_URING = """
 import ctypes, json, struct, sys
 from mhaffn.errors import EngineUnavailableError
@@ -40,20 +40,23 @@ buffer = ctypes.create_string_buffer(program)
 filter = ctypes.create_string_buffer(struct.pack("HxxxxxxP", 4, ctypes.addressof(buffer)))
 assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, filter, 0, 0) == 0, ctypes.get_errno()
 
+def read(**options):
+    with Reader(arena=arena, **options) as reader, arena.lease(2 << 20) as slot:
+        request = reader.submit([Extent(sys.argv[1], 5, 1000000)], slot)
+        request.wait(30)
+        at = request.placements[0]
+        return bytes(slot)[at : at + 1000000], reader.info()
+
 errors = []
-for options in ({"strict": True}, {"engine": "io_uring"}):
-    try:
-        Reader(**options)
-    except EngineUnavailableError as error:
-        errors.append(str(error))
-with PinnedArena(4 << 20, cuda=False) as arena, Reader(arena=arena) as reader, arena.lease(2 << 20) as slot:
-    request = reader.submit([Extent(sys.argv[1], 5, 1000000)], slot)
-    request.wait(30)
-    at = request.placements[0]
-    data = bytes(slot)[at : at + 1000000]
-    info = reader.info()
+with PinnedArena(4 << 20, cuda=False) as arena:
+    for options in ({"strict": True}, {"engine": "io_uring"}):
+        try:
+            read(**options)
+        except EngineUnavailableError as error:
+            errors.append(str(error))
+    data, info = read()
 import xxhash
-print(json.dumps([info.engine, info.reasons, errors, xxhash.xxh3_64_hexdigest(data)]))
+print(json.dumps([info.engine, info.registered_buffers, info.reasons, errors, xxhash.xxh3_64_hexdigest(data)]))
 """
 
 
@@ -63,12 +66,25 @@ print(json.dumps([info.engine, info.reasons, errors, xxhash.xxh3_64_hexdigest(da
 def test_a_blocked_io_uring_falls_back_to_the_pool(tmp_path: Path, error: int, call: int) -> None:
     content = make_file(tmp_path / "file", 2_000_000)
     output = run_python(BLOCK_URING, str(tmp_path / "file"), str(error), str(call))
-    engine, reasons, errors, digest = json.loads(output)
+    engine, _, reasons, errors, digest = json.loads(output)
     assert digest == xxhash.xxh3_64_hexdigest(content[5:1_000_005])
     assert engine == "threads"
     (reason,) = reasons
     assert errno.errorcode[error] in reason and "seccomp" in reason and "preadv" in reason
     assert len(errors) == 2 and all(errno.errorcode[error] in text for text in errors)
+
+
+@needs_uring
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.EOPNOTSUPP, errno.EFAULT])
+def test_memory_that_cannot_be_registered_is_read_into_all_the_same(tmp_path: Path, error: int) -> None:
+    content = make_file(tmp_path / "file", 2_000_000)
+    output = run_python(BLOCK_URING, str(tmp_path / "file"), str(error), str(IO_URING_REGISTER))
+    engine, registered, reasons, errors, digest = json.loads(output)
+    assert digest == xxhash.xxh3_64_hexdigest(content[5:1_000_005])
+    assert (engine, registered) == ("io_uring", False)
+    for text in (*reasons, *errors):
+        assert os.strerror(error) in text and "registering 4 MiB" in text
+    assert (len(reasons), len(errors)) == (1, 1)  # strict alone insists on it
 
 
 LIMIT_MEMLOCK = """
