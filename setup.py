@@ -72,9 +72,9 @@ extension = Pybind11Extension(
     [f"csrc/{name}" for name in SOURCES],
     cxx_std=17,
     include_dirs=["csrc"],
-    depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")],
+    depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir() if path.suffix != ".cpp"],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
-    extra_link_args=["-ldl", "-pthread"],
+    extra_link_args=["-ldl", "-pthread", f"-Wl,--version-script={ROOT / 'csrc' / 'exports.map'}"],
 )
 
 with ParallelCompile("MHAFFN_BUILD_JOBS", default=os.cpu_count() or 1):

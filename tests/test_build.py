@@ -62,3 +62,25 @@ def test_without_liburing_the_pool_reads_and_all_say_so(tmp_path: Path) -> None:
     examination = run("-m", "mhaffn", "doctor", str(tmp_path))
     assert re.search(r"warn +engine +preadv threads \(liburing none\)", examination), examination
     assert "apt-get install liburing-dev" in examination and "built without liburing" in examination
+
+
+ARENA = """
+import torch
+from mhaffn.reader import PinnedArena
+
+with PinnedArena(4 << 20) as arena:
+    print(arena.info().huge_page_share)
+"""
+
+
+def test_nothing_but_the_module_is_seen_from_outside(tmp_path: Path) -> None:
+    """Another copy of the C++ library in the process, such as torch's, must not mix with this one's."""
+    site, _ = build_package(tmp_path, LDFLAGS="-static-libstdc++")
+    (extension,) = site.glob("mhaffn/_native*.so")
+    table = subprocess.run(["nm", "-D", "--defined-only", extension], capture_output=True, text=True, check=True)
+    assert [line.split()[-1] for line in table.stdout.splitlines()] == ["PyInit__native"]
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ARENA], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0 and float(done.stdout) >= 0, (done.returncode, done.stderr)
