@@ -27,6 +27,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import tiles
 from .attention_prefill import LOG2E, descriptor_fits
 
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.9 renamed it
+
 ROWS = 64  # of one warp group
 BLOCK_N = 128
 STAGES = 2
@@ -68,17 +70,17 @@ def load(d_q, d_k, d_v, smem, full, empty, sizes, CAUSAL: gl.constexpr):
             mbarrier.wait(q_empty.index(group), (turn + 1) & 1)  # the first round finds everything free
             mbarrier.expect(q_full.index(group), d_q.block_type.nbytes)
             place = [batch, query_head, first_row + group * rows, 0]
-            tma.async_copy_global_to_shared(d_q, place, q_full.index(group), q_smem.index(group))
+            async_load(d_q, place, q_full.index(group), q_smem.index(group))
         for i in range(tiles):
             stage = count % stages
             free = (count // stages + 1) & 1
             place = [batch, query_head // G, (tiles - 1 - i) * block_n, 0]
             mbarrier.wait(k_empty.index(stage), free)
             mbarrier.expect(k_full.index(stage), d_k.block_type.nbytes)
-            tma.async_copy_global_to_shared(d_k, place, k_full.index(stage), k_smem.index(stage))
+            async_load(d_k, place, k_full.index(stage), k_smem.index(stage))
             mbarrier.wait(v_empty.index(stage), free)
             mbarrier.expect(v_full.index(stage), d_v.block_type.nbytes)
-            tma.async_copy_global_to_shared(d_v, place, v_full.index(stage), v_smem.index(stage))
+            async_load(d_v, place, v_full.index(stage), v_smem.index(stage))
             count += 1
 
 
