@@ -22,6 +22,9 @@ import triton.language as tl
 from mhaffn.kernels import timing
 
 COLD_BYTES = 200 << 20
+CALLS_MIN = 16
+"""Calls in the graph of a memory-bound row: a graph's start costs 2 µs or 3, which two calls would bear alone."""
+PIP_NAMES = {"flash_attn": "--pre flash-attn-4", "gemlite": "gemlite", "liger_kernel": "liger-kernel"}
 
 
 @triton.jit
@@ -61,7 +64,7 @@ def environment() -> dict[str, Any]:
             return None
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    names = ("torch", "triton", "cupy-cuda13x", "liger-kernel", "numpy")
+    names = ("torch", "triton", "cupy-cuda13x", "numpy", "flash-attn-4", "gemlite", "liger-kernel")
     return {
         "gpu": torch.cuda.get_device_name(),
         "python": platform.python_version(),
@@ -102,7 +105,11 @@ class Bench:
             try:
                 if truth is not None:
                     entries[name]["relative_error"] = self._error(calls[0](), truth, tolerance)
-                graphs[name] = timing.Graph(calls)
+                rounds = -(-CALLS_MIN // len(calls)) if bytes_moved else 1
+                graphs[name] = timing.Graph([*calls] * rounds)
+            except ModuleNotFoundError as problem:
+                package = PIP_NAMES.get((problem.name or "").partition(".")[0])
+                entries[name]["failed"] = f"not here: pip install {package}" if package else str(problem)
             except Exception as problem:
                 entries[name]["failed"] = f"{type(problem).__name__}: {problem}"[:200]
         times = timing.by_turns(graphs, samples)
