@@ -1,7 +1,7 @@
-"""Attention against cuDNN and FlashAttention-2 through SDPA, Llama-3.1-70B heads (64/8, K 128), bf16.
+"""Attention against cuDNN and FlashAttention-2 through SDPA, and against FlashAttention-4: Llama-3.1-70B heads, bf16.
 
-``python bench/bench_attention.py --out bench/results/attention.json``. Decode runs in CUDA graphs over buffers that do
-not fit L2. "ops" is what a user gets; the kernels are listed beside it.
+``python bench/bench_attention.py --out bench/results/attention.json``. 64 query heads, 8 key heads, K 128. Decode runs
+in CUDA graphs over buffers that do not fit L2. "ops" is what a user gets; the kernels are listed beside it.
 """
 
 # ruff: noqa: B023  (the calls of a row run before the loop goes on)
@@ -38,6 +38,13 @@ def through(backend, q, k, v, **options):
         return sdpa(q, k, v, **options)
 
 
+def flash_attention_4(q, k, v, causal):
+    from flash_attn.cute import flash_attn_func
+
+    out = flash_attn_func(q, k, v, causal=causal)
+    return out[0] if isinstance(out, tuple) else out
+
+
 def prefill(bench: Bench) -> None:
     for t in (2048, 8192, 16384):
         q, k, v = randn(1, t, HQ, K), randn(1, t, H, K), randn(1, t, H, K)
@@ -52,6 +59,7 @@ def prefill(bench: Bench) -> None:
             "Triton prefill": lambda: attention_prefill.attention_prefill(q, k, v, True, None, None, K**-0.5),
             "Gluon prefill": lambda: attention_prefill_sm90.attention_prefill_sm90(q, k, v, True, K**-0.5),
             **{n: (lambda b=b: through(b, q, k, v, is_causal=True)) for n, b in BACKENDS.items()},
+            "FlashAttention-4": lambda: flash_attention_4(q, k, v, True),
         }
         bench.compare(f"prefill causal T={t}", single(peers), truth, flops=flops)
 
@@ -109,6 +117,7 @@ def decode(bench: Bench) -> None:
                 "mhaffn.ops.attention": ops.attention,
                 "ops, device lengths": lambda q, k, v: ops.attention(q, k, v, kv_lens=lens),
                 **{n: (lambda q, k, v, w=w: through(w, q, k, v)) for n, w in BACKENDS.items()},
+                "FlashAttention-4": lambda q, k, v: flash_attention_4(q, k, v, False),
             }
             calls = {n: [lambda k=k, v=v, p=p: p(q, k, v) for k, v in sets] for n, p in peers.items()}
             bench.compare(f"decode B={b} S={s}", calls, truth, bytes_moved=size)
