@@ -8,7 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 NATIVE_SOURCES := $(wildcard csrc/*)
 
-.PHONY: help demo test test-full test-oldest check bench soak clean install system csrc-test csrc-sanitize
+.PHONY: help demo test test-full test-oldest test-tritons test-triton-oldest test-triton-newest check bench soak clean
+.PHONY: install system csrc-test csrc-sanitize
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,7 +21,7 @@ demo: install ## pack SmolLM2 and stream it from disk, none of its layers reside
 test: install csrc-test ## everything that needs no GPU, in minutes
 	$(BIN)/python -m pytest
 
-test-full: install csrc-test csrc-sanitize test-oldest ## long matrices, sanitizers, soaks, the oldest transformers
+test-full: install csrc-test csrc-sanitize test-oldest test-tritons ## long matrices, sanitizers, soaks, old and new libraries
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 OLDEST := .venv-oldest
@@ -30,6 +31,18 @@ test-oldest: install
 	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install -q -e '.[test]' transformers==5.17.0 -c $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pytest tests/test_hf.py tests/test_stream.py -p no:cacheprovider
+
+# Every shipped tile for every architecture, compiled by the oldest supported Triton and by the newest, which only have
+# to be found before the installed one: 4 minutes on two cores. float16 has bfloat16's tiles.
+test-tritons: install
+	$(MAKE) -j2 test-triton-oldest test-triton-newest
+
+test-triton-oldest: TRITON := triton==3.6.0
+test-triton-newest: TRITON := triton
+test-triton-oldest test-triton-newest: test-triton-%: install
+	$(PIP) install -q --no-deps --upgrade --target build/triton-$* $(TRITON)
+	PYTHONPATH=build/triton-$* $(BIN)/python -c 'import triton; print(triton.__version__, triton.__file__)'
+	PYTHONPATH=build/triton-$* $(BIN)/python -m pytest tests/kernels/test_compile.py -k "shipped and (bfloat16 or float32)" -m "slow or not slow"
 
 soak: install ## ten minutes of reads, watching memory and descriptors
 	$(BIN)/python tests/soak_reader.py --seconds 600
