@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mhaffn.config import Kind, ModelConfig, order
-from mhaffn.plan import Plan, Sizes, Workload, make_plan
+from mhaffn.plan import Plan, Sizes, Speeds, Workload, make_plan
 from mhaffn.simulate import Links, Prediction, Work, predict
 from mhaffn.trace import Phase
 
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+DECODE_PASSES = 128
+"""Decode passes that plans count beside the one prefill."""
 BITS = {"bf16": 16.0, "int8": 8 + 16 / 128, "int4": 4 + 16 / 128}
 """Bits an element takes; the narrow ones carry one 16-bit scale for 128 elements."""
 
@@ -27,6 +29,11 @@ class Machine:
     gpu: int | None = None
     dram: int | None = None
     work: Workload = field(default_factory=Workload)
+
+    @property
+    def speeds(self) -> Speeds:
+        """What plans for this machine are judged by."""
+        return Speeds(self.links, ((1, self.compute_s["prefill"]), (DECODE_PASSES, self.compute_s["decode"])))
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def forecast(name: str, config: ModelConfig, machine: Machine, bits: Mapping[Kin
     """Plans and simulates ``config`` (bfloat16, matrices at ``bits``) on ``machine``."""
     plan = make_plan(
         config, "bfloat16", gpu=machine.gpu, dram=machine.dram, copies=machine.links.h2d is not None,
-        work=machine.work, bits=bits,
+        work=machine.work, bits=bits, speeds=machine.speeds,
     )  # fmt: skip
     sizes = Sizes(config, "bfloat16", bits or {})
     passes = {

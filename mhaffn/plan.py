@@ -1,27 +1,34 @@
 """Where each sublayer's weights live between uses: a pure decision, made once, before any memory is taken.
 
-Access is cyclic and known, so placement is static. The GPU's budget is filled first, then DRAM's, and what
-is left stays on SSD, spread evenly over the pass so that the SSD never idles while others compute.
+Access is cyclic and known, so placement is static. Of the placements that fill the budgets, the one with the
+fastest pass is taken: by the bound of its links, and, where a machine's speeds are given, by simulation.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import combinations
 
-from mhaffn.config import Kind, ModelConfig, Sublayer, format_bytes, order
+from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, format_bytes, order
 from mhaffn.errors import BudgetError, ConfigError
+from mhaffn.placement import TIERS, Mix, Pair, Tier, fillings, least_window, windows
 from mhaffn.ring import ByteRing
+from mhaffn.simulate import Links, Work, predict
 
-Tier = Literal["gpu", "dram", "ssd"]
-TIERS: tuple[Tier, ...] = ("gpu", "dram", "ssd")
+__all__ = ["DEVICE_ALIGN", "TIERS", "Plan", "Sizes", "Speeds", "Tier", "Workload", "make_plan"]
+
 PAGE = 4096
 HUGE_PAGE = 2 << 20
 DEVICE_ALIGN = 256
 STAGING_BYTES = 64 << 20
-PREFETCH = 2
+DEPTHS = (2, 3, 4, 1)
+SHORT_PREFETCH_GAIN = 1.02
+"""A prefetch of 1 must be faster than longer ones by this factor: real links jitter, simulated ones do not."""
+FEW_LAYERS = 8
+"""Up to here one sublayer more or less matters, and so do counts and orders that are not the obvious ones."""
+SIMULATED_SUBLAYERS = 8000
 LIBRARY_BYTES = 512 << 20
 CHUNK_TOKENS = 4096
 """Positions a sublayer works on at once: a longer prompt goes through its weights in several steps."""
@@ -137,6 +144,18 @@ class Sizes:
         return nbytes
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """What placements are judged by: links, and passes as (how often, seconds of compute by kind)."""
+
+    links: Links
+    passes: tuple[tuple[float, Mapping[Kind, float]], ...]
+
+
+TYPICAL = Speeds(Links(ssd=5e9, h2d=25e9), ((1.0, {"mha": 0.0, "ffn": 0.0}),))
+"""Where nothing was measured: an NVMe disk, PCIe 4, and compute that is never the bound."""
+
+
 def make_plan(
     config: ModelConfig,
     dtype: str,
@@ -146,95 +165,201 @@ def make_plan(
     copies: bool,
     work: Workload | None = None,
     tiers: Mapping[Sublayer, Tier] | None = None,
-    prefetch: int = PREFETCH,
+    prefetch: int | None = None,
     bits: Mapping[Kind, float] | None = None,
+    speeds: Speeds | None = None,
 ) -> Plan:
     """Decides the tiers within the budgets ``gpu`` and ``dram`` (bytes; None: everything streams from SSD).
 
     ``copies`` says whether the device has memory of its own, so that streamed sublayers are copied to
-    it; without, there is no GPU tier, and ``gpu`` must be None. ``tiers`` fixes the placement instead.
-    ``bits`` is that of :class:`Sizes`.
+    it; without, there is no GPU tier, and ``gpu`` must be None. ``tiers`` fixes the placement, ``prefetch``
+    the distance instead (1 where the budgets hold no longer one). ``bits`` is that of :class:`Sizes`. With
+    the ``speeds`` of a machine placements are simulated on it.
 
     Raises :class:`BudgetError`, naming the minimum, when a budget cannot hold what must be there.
     """
-    if prefetch < 1:
+    if prefetch is not None and prefetch < 1:
         raise ConfigError(f"got prefetch = {prefetch}, expected at least 1")
     work = work or Workload()
     sizes = Sizes(config, dtype, bits or {})
-    images = {sublayer: sizes.image(sublayer) for sublayer in order(config.num_layers)}
-    fixed = sizes.fixed(work) + (LIBRARY_BYTES if copies else 0)
-    if not copies:
-        gpu = None
-    for depth in sorted({prefetch, 1}, reverse=True):  # a shorter prefetch where budgets hold no longer one
-        plan = _fit(images, gpu, dram, fixed, depth, copies, tiers)
-        if (gpu is None or plan.gpu_bytes <= gpu) and (dram is None or plan.dram_bytes <= dram):
+    memory = _Memory(
+        images={sublayer: sizes.image(sublayer) for sublayer in order(config.num_layers)},
+        fixed=sizes.fixed(work) + (LIBRARY_BYTES if copies else 0),
+        gpu=gpu if copies else None,
+        dram=dram,
+        copies=copies,
+    )
+    for depths in (DEPTHS,) if prefetch is None else ((prefetch,), (1,)):
+        search = _Search(memory, sizes, depths, speeds)
+        plan = search.fixed(tiers) if tiers is not None else search.best()
+        if plan is not None:
             return plan
-    by_hand = tiers is not None
-    least = _huge_pages(plan.staging_bytes) + (0 if copies else fixed)
-    _check("--gpu", gpu, plan.gpu_bytes, plan.gpu_bytes if by_hand else fixed + plan.slot_bytes)
-    _check("--dram", dram, plan.dram_bytes, plan.dram_bytes if by_hand else least)
-    return plan
+    raise memory.too_small(tiers)
 
 
-def _fit(
-    images: Mapping[Sublayer, int],
-    gpu: int | None,
-    dram: int | None,
-    fixed: int,
-    depth: int,
-    copies: bool,
-    tiers: Mapping[Sublayer, Tier] | None,
-) -> Plan:
-    """The plan with rings for ``depth``. Rings depend on what streams, and what fits on the rings: so again
-    with larger reserves until they do."""
-    staging = slots = _ring_bytes(list(images.values()), depth)
-    while True:
-        placed = dict(tiers) if tiers is not None else _place(images, gpu, dram, fixed, staging, slots, copies)
-        on = {tier: [nbytes for s, nbytes in images.items() if placed[s] == tier] for tier in TIERS}
-        streamed = [nbytes for s, nbytes in images.items() if placed[s] != "gpu"]
-        plan = Plan(
-            tiers={s: placed[s] for s in images},
+@dataclass(frozen=True)
+class _Memory:
+    """The sublayers' sizes, and the budgets that plans of them must keep to."""
+
+    images: Mapping[Sublayer, int]
+    fixed: int
+    gpu: int | None
+    dram: int | None
+    copies: bool
+
+    @property
+    def by_kind(self) -> Pair:
+        return self.images[Sublayer(0, "mha")], self.images[Sublayer(0, "ffn")]
+
+    def plan(self, tiers: Mapping[Sublayer, Tier], depth: int) -> Plan:
+        on = {tier: [nbytes for s, nbytes in self.images.items() if tiers[s] == tier] for tier in TIERS}
+        streamed = [nbytes for s, nbytes in self.images.items() if tiers[s] != "gpu"]
+        return Plan(
+            tiers={s: tiers[s] for s in self.images},
             prefetch=depth,
             staging_bytes=_ring_bytes(on["ssd"], depth),
-            slot_bytes=_ring_bytes(streamed, depth) if copies else 0,
+            slot_bytes=_ring_bytes(streamed, depth) if self.copies else 0,
             gpu_tier_bytes=sum(on["gpu"]),
             dram_tier_bytes=sum(on["dram"]),
-            fixed_bytes=fixed,
-            copies=copies,
+            fixed_bytes=self.fixed,
+            copies=self.copies,
         )
-        if plan.staging_bytes <= staging and plan.slot_bytes <= slots:
-            return plan
-        staging, slots = max(staging, plan.staging_bytes), max(slots, plan.slot_bytes)
+
+    def holds(self, plan: Plan) -> bool:
+        return (self.gpu is None or plan.gpu_bytes <= self.gpu) and (self.dram is None or plan.dram_bytes <= self.dram)
+
+    def too_small(self, tiers: Mapping[Sublayer, Tier] | None) -> BudgetError:
+        """The error for budgets that hold no plan; what they must hold is the least of a prefetch of 1."""
+        least = self.plan(tiers or dict.fromkeys(self.images, "ssd"), 1)
+        gpu, dram = least.gpu_bytes, least.dram_bytes
+        if tiers is None:  # or everything resident, which a small model's rings may exceed
+            everything = sum(self.images.values())
+            gpu = min(gpu, self.fixed + everything)
+            dram = min(dram, _huge_pages(everything) + (0 if self.copies else self.fixed))
+        if self.gpu is not None and self.gpu < gpu:
+            return _too_small("--gpu", self.gpu, gpu)
+        return _too_small("--dram", self.dram or 0, dram)
+
+    def mixes(self, depth: int) -> set[Mix]:
+        """Counts by kind that fill the budgets beside rings for ``depth``; whether they really fit, plans say."""
+        layers = len(self.images) // 2
+        found = set()
+        for gpu in self._fillings((layers, layers), self.gpu, self.fixed, depth, 1) if self.copies else [(0, 0)]:
+            left = layers - gpu[0], layers - gpu[1]
+            fillings = self._fillings(left, self.dram, 0 if self.copies else self.fixed, depth, HUGE_PAGE)
+            found |= {Mix(layers, gpu, dram) for dram in fillings}
+        return found
+
+    def _fillings(self, most: Pair, budget: int | None, fixed: int, depth: int, grain: int) -> set[Pair]:
+        """Counts, up to ``most``, that fill ``budget`` beside ``fixed`` and a ring for those left over."""
+        found = {(0, 0)}
+        if budget is None:
+            return found
+        mha, ffn = self.by_kind
+        everything = most[0] * mha + most[1] * ffn
+        room = (budget - fixed) // grain * grain
+        if everything <= room:
+            return {most}
+        for full in ((0, 0), (most[0], 0), (0, most[1])):  # a kind that is wholly resident needs no room in the ring
+            left = most[0] - full[0], most[1] - full[1]
+            for window in windows(left, depth, self.by_kind):
+                ring = min(STAGING_BYTES, everything + ffn) if depth > 1 and window <= STAGING_BYTES else window
+                rest = room - -(-ring // grain) * grain - full[0] * mha - full[1] * ffn
+                found |= {(full[0] + m, full[1] + f) for m, f in fillings(rest, left, self.by_kind)}
+        if len(self.images) <= 2 * FEW_LAYERS:  # one less may let a ring fit that depends on what is left over
+            found |= {(max(m - 1, 0), f) for m, f in found} | {(m, max(f - 1, 0)) for m, f in found}
+        return {
+            (m, f)
+            for m, f in found
+            if least_window((most[0] - m, most[1] - f), depth, self.by_kind)
+            <= room - -(-(m * mha + f * ffn) // grain) * grain
+        }
 
 
-def _place(
-    images: Mapping[Sublayer, int], gpu: int | None, dram: int | None, fixed: int, ring: int, slots: int, copies: bool
-) -> dict[Sublayer, Tier]:
-    everything = sum(images.values())
-    gpu_room = (gpu or 0) - fixed if copies else 0
-    if gpu_room < everything:
-        gpu_room -= slots
-    placed: dict[Sublayer, Tier] = {}
-    spread = _spread(list(images))
-    for sublayer in spread:
-        if images[sublayer] <= gpu_room:
-            placed[sublayer], gpu_room = "gpu", gpu_room - images[sublayer]
-    rest = [sublayer for sublayer in spread if sublayer not in placed]
-    dram_room = (dram or 0) - (0 if copies else fixed)
-    if _huge_pages(sum(images[sublayer] for sublayer in rest)) > dram_room:
-        dram_room = (dram_room - _huge_pages(ring)) // HUGE_PAGE * HUGE_PAGE
-    for sublayer in rest:
-        if images[sublayer] <= dram_room:
-            placed[sublayer], dram_room = "dram", dram_room - images[sublayer]
-        else:
-            placed[sublayer] = "ssd"
-    return placed
+class _Search:
+    """The fastest plan that memory holds, among those of some prefetch distances."""
+
+    def __init__(self, memory: _Memory, sizes: Sizes, depths: tuple[int, ...], speeds: Speeds | None) -> None:
+        self.memory, self.depths, self.simulated = memory, depths, speeds is not None
+        self.speeds = speeds or TYPICAL
+        self.weights = {sublayer: sizes.weights(sublayer) for sublayer in memory.images}
+        self.tries = SIMULATED_SUBLAYERS // len(memory.images)
+
+    def fixed(self, tiers: Mapping[Sublayer, Tier]) -> Plan | None:
+        """The plan of a placement by hand; None where none fits."""
+        plans = [plan for depth in self.depths if self.memory.holds(plan := self.memory.plan(tiers, depth))]
+        return min(plans, key=self.seconds, default=None) if self.simulated else next(iter(plans), None)
+
+    def best(self) -> Plan | None:
+        """Tries counts in the order of their bounds, until no bound is below the best pass; None if none fits."""
+        mixes = [(mix, depth) for depth in self.depths for mix in self.memory.mixes(depth)]
+        ranked = sorted(((*self.rank(mix, depth), mix, depth) for mix, depth in mixes), key=lambda item: item[:3])
+        best, best_s = None, float("inf")
+        for bound_s, _, _, mix, depth in ranked:
+            if bound_s >= best_s * 0.9995 or self.tries <= 0:
+                break
+            for plan in self.orders(mix, depth):
+                if not self.simulated:
+                    return plan
+                plan_s = self.seconds(plan)
+                if plan_s < best_s * 0.9995:
+                    best, best_s = plan, plan_s
+                if best_s <= bound_s * 1.0005:
+                    break
+        return self.refined(best, best_s) if best is not None else None
+
+    def orders(self, mix: Mix, depth: int) -> Iterator[Plan]:
+        """Plans of these counts that memory holds: rings depend on the order too, where there are few sublayers."""
+        for turn in range(mix.layers if mix.layers <= FEW_LAYERS else 1):
+            for shift in (0.5, 0.0):
+                if self.memory.holds(plan := self.memory.plan(mix.spread(shift, turn), depth)):
+                    yield plan
+
+    def refined(self, plan: Plan, plan_s: float) -> Plan:
+        """Swaps two sublayers of a kind as long as that makes a pass faster."""
+        bound_s = self.rank(_mix_of(plan), plan.prefetch)[0]
+        swapped = True
+        while swapped and plan_s > 1.005 * bound_s:
+            swapped = False
+            for one, other in combinations(plan.tiers, 2):
+                if one.kind != other.kind or plan.tiers[one] == plan.tiers[other]:
+                    continue
+                if self.tries <= 0:
+                    return plan
+                tiers = {**plan.tiers, one: plan.tiers[other], other: plan.tiers[one]}
+                changed = self.memory.plan(tiers, plan.prefetch)
+                if self.memory.holds(changed) and (changed_s := self.seconds(changed)) < plan_s * 0.999:
+                    plan, plan_s, swapped = changed, changed_s, True
+                    break
+        return plan
+
+    def seconds(self, plan: Plan) -> float:
+        """Seconds of the passes that count, by simulation."""
+        self.tries -= 1
+        total = 0.0
+        for often, compute_s in self.speeds.passes:
+            work = {s: Work(nbytes, compute_s[s.kind]) for s, nbytes in self.weights.items()}
+            total += often * predict(plan, work, self.speeds.links).seconds
+        return total * (SHORT_PREFETCH_GAIN if plan.prefetch == 1 else 1.0)
+
+    def rank(self, mix: Mix, depth: int) -> tuple[float, float, int]:
+        """What no plan of these counts is faster than, and what else to prefer: less to move, a usual distance."""
+        nbytes = [self.weights[Sublayer(0, kind)] for kind in KINDS]
+        links = self.speeds.links
+        ssd_s = sum(count * n for count, n in zip(mix.ssd, nbytes, strict=True)) / links.ssd
+        h2d_s = sum(count * n for count, n in zip(mix.off_gpu, nbytes, strict=True)) / links.h2d if links.h2d else 0.0
+        bound_s = sum(
+            often * max(ssd_s, h2d_s, mix.layers * sum(compute_s.values())) for often, compute_s in self.speeds.passes
+        )
+        return bound_s * (SHORT_PREFETCH_GAIN if depth == 1 else 1.0), ssd_s + h2d_s, self.depths.index(depth)
 
 
-def _spread(sublayers: list[Sublayer]) -> list[Sublayer]:
-    """The sublayers in golden-ratio order: every prefix, and what it leaves, is spread over the pass."""
-    golden = (5**0.5 - 1) / 2
-    return sorted(sublayers, key=lambda s: sublayers.index(s) * golden % 1.0)
+def _mix_of(plan: Plan) -> Mix:
+    def count(tier: Tier) -> Pair:
+        mha, ffn = (sum(placed == tier and s.kind == kind for s, placed in plan.tiers.items()) for kind in KINDS)
+        return mha, ffn
+
+    return Mix(len(plan.tiers) // 2, count("gpu"), count("dram"))
 
 
 def _ring_bytes(cycle: list[int], depth: int) -> int:
@@ -275,9 +400,8 @@ def _holds(capacity: int, cycle: list[int], depth: int) -> bool:
                     return True
 
 
-def _check(option: str, budget: int | None, need: int, least: int) -> None:
-    if budget is not None and need > budget:
-        raise BudgetError(
-            f"{option} {format_bytes(budget)} is too small: this model needs at least {format_bytes(max(least, 1))} "
-            f"there ({least} bytes). Raise it, or ask for a shorter context or a smaller batch."
-        )
+def _too_small(option: str, budget: int, least: int) -> BudgetError:
+    return BudgetError(
+        f"{option} {format_bytes(budget)} is too small: this model needs at least {format_bytes(max(least, 1))} "
+        f"there ({least} bytes). Raise it, or ask for a shorter context or a smaller batch."
+    )

@@ -10,13 +10,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from mhaffn.config import Sublayer
-from mhaffn.plan import Plan
 from mhaffn.ring import ByteRing
 
 CHUNK_BYTES = 16 << 20
 PASSES = 6
+
+
+class Planned(Protocol):
+    """What the simulation needs of a plan: tiers in pass order, and the bytes of both rings."""
+
+    @property
+    def tiers(self) -> Mapping[Sublayer, str]: ...
+    @property
+    def staging_bytes(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,11 @@ class Prediction:
         return max(links, key=lambda link: links[link])
 
 
-def predict(plan: Plan, work: Mapping[Sublayer, Work], links: Links) -> Prediction:
+def predict(plan: Planned, work: Mapping[Sublayer, Work], links: Links) -> Prediction:
     """Simulates a few passes in a row under ``plan``; the last one is the steady pass reported."""
     ends = _pass_ends(plan, work, links)
-    on_ssd, off_device = plan.streamed("ssd"), plan.streamed()
+    on_ssd = [sublayer for sublayer, tier in plan.tiers.items() if tier == "ssd"]
+    off_device = [sublayer for sublayer, tier in plan.tiers.items() if tier != "gpu"]
     return Prediction(
         seconds=(ends[-1] - ends[1]) / (len(ends) - 2),
         ssd_s=sum(work[s].nbytes for s in on_ssd) / links.ssd,
@@ -68,7 +80,7 @@ def predict(plan: Plan, work: Mapping[Sublayer, Work], links: Links) -> Predicti
     )
 
 
-def _pass_ends(plan: Plan, work: Mapping[Sublayer, Work], links: Links) -> list[float]:
+def _pass_ends(plan: Planned, work: Mapping[Sublayer, Work], links: Links) -> list[float]:
     ssd_s = h2d_s = compute_s = 0.0
     staging, slots = _Ring(plan.staging_bytes), _Ring(plan.slot_bytes)
     ends = []

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import re
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mhaffn.config import ModelConfig, Sublayer, order
+from mhaffn.config import KINDS, ModelConfig, Sublayer, order
 from mhaffn.errors import BudgetError
-from mhaffn.plan import CHUNK_TOKENS, LIBRARY_BYTES, PAGE, STAGING_BYTES, TIERS, Plan, Sizes, Tier, Workload, make_plan
+from mhaffn.plan import (
+    CHUNK_TOKENS,
+    LIBRARY_BYTES,
+    PAGE,
+    SHORT_PREFETCH_GAIN,
+    STAGING_BYTES,
+    TIERS,
+    Plan,
+    Sizes,
+    Speeds,
+    Tier,
+    Workload,
+    make_plan,
+)
+from mhaffn.simulate import Links, Work, predict
 
 WORK = Workload(tokens=16, context=64)
 
@@ -58,11 +76,11 @@ def check(plan: Plan, config: ModelConfig, dtype: str, gpu: int | None, dram: in
         assert plan.count("gpu") == 0
     assert dram is None or plan.dram_bytes <= dram
     assert bool(plan.staging_bytes) is bool(plan.count("ssd"))
-    ring = plan.staging_bytes or plan.slot_bytes
-    if ring:
-        window = list(sizes.values()) * 3
-        held = max(sum(window[i : i + 2]) for i in range(len(sizes)))
-        assert ring >= held, "the sublayer in use and the next one"
+    for ring, streamed in ((plan.staging_bytes, plan.streamed("ssd")), (plan.slot_bytes, plan.streamed())):
+        if ring:
+            window = [sizes[sublayer] for sublayer in streamed] * 3
+            held = max(sum(window[i : i + 2]) for i in range(len(streamed)))
+            assert ring >= held, "the sublayer in use and the next one"
     assert plan.prefetch >= 1
     assert plan.describe().startswith(f"{len(sizes)} sublayers: ")
 
@@ -152,12 +170,14 @@ def test_large_budgets_leave_nothing_to_stream() -> None:
 
 def test_more_budget_never_streams_more() -> None:
     config = model(layers=12, hidden=512, ffn=1000)
-    everything, before = sum(images(config).values()), 99
+    sizes = images(config)
+    everything = before = sum(sizes.values())
     ring = make_plan(config, "bfloat16", copies=False, work=WORK).dram_bytes
     for dram in range(ring, everything + ring + 2, max(everything // 40, 1)):
-        count = make_plan(config, "bfloat16", dram=dram, copies=False, work=WORK).count("ssd")
-        assert count <= before
-        before = count
+        plan = make_plan(config, "bfloat16", dram=dram, copies=False, work=WORK)
+        streamed = sum(sizes[sublayer] for sublayer in plan.streamed("ssd"))
+        assert streamed <= before
+        before = streamed
     assert before == 0
 
 
@@ -196,6 +216,96 @@ def test_long_prompts_go_through_in_steps() -> None:
     assert long - short == 7 * CHUNK_TOKENS * 4 * model().hidden_size * 2
 
 
+@dataclass(frozen=True)
+class Case:
+    """A small model on a random machine, in one phase."""
+
+    config: ModelConfig
+    gpu: int | None
+    dram: int | None
+    speeds: Speeds
+
+    def seconds(self, plan: Plan) -> float:
+        sizes, (_, compute_s) = Sizes(self.config, "bfloat16"), self.speeds.passes[0]
+        work = {s: Work(sizes.weights(s), compute_s[s.kind]) for s in plan.tiers}
+        return predict(plan, work, self.speeds.links).seconds
+
+    def plan(self, **options: Any) -> Plan:
+        return make_plan(self.config, "bfloat16", gpu=self.gpu, dram=self.dram, copies=True, work=WORK, **options)
+
+
+def random_case(seed: int, layers: int) -> Case:
+    """Speeds, compute and budgets over all regimes: each link may bind, each budget may hold little or much."""
+    draw = random.Random(seed)
+    hidden, ffn, kv_heads = draw.choice([(4096, 14336, 8), (8192, 12288, 8), (8192, 28672, 8), (4096, 4096, 32)])
+    config = model(layers, hidden, ffn, heads=32, kv_heads=kv_heads, vocab=1000)
+    sizes = Sizes(config, "bfloat16")
+    largest, everything = max(images(config).values()), sum(images(config).values())
+    ssd, h2d = 10 ** draw.uniform(9, 10.3), 10 ** draw.uniform(9.5, 10.8)
+    compute_s = {kind: draw.choice([0.01, 0.15, 0.5, 1]) * draw.uniform(0.5, 1.5) * everything / layers / ssd
+                 for kind in KINDS}  # fmt: skip
+    gpu = sizes.fixed(WORK) + LIBRARY_BYTES + 2 * largest + int(draw.random() * everything)
+    dram = int(2.2 * largest + draw.random() * everything)
+    return Case(
+        config, None if draw.random() < 0.2 else gpu, None if draw.random() < 0.2 else dram,
+        Speeds(Links(ssd, h2d), ((1.0, compute_s),)),
+    )  # fmt: skip
+
+
+def fastest(case: Case) -> float:
+    """Seconds of the fastest of all placements, at any prefetch distance, that the budgets hold."""
+    seconds = []
+    for placement in itertools.product(TIERS, repeat=2 * case.config.num_layers):
+        if (case.gpu is None and "gpu" in placement) or (case.dram is None and "dram" in placement):
+            continue
+        tiers = dict(zip(order(case.config.num_layers), placement, strict=True))
+        for prefetch in (1, 2, 3, 4):
+            try:
+                plan = case.plan(tiers=tiers, prefetch=prefetch)
+            except BudgetError:
+                break
+            seconds.append(case.seconds(plan))
+    return min(seconds)
+
+
+def check_optimal(seed: int, layers: int) -> None:
+    """The tolerance is what a longer prefetch is worth on real links; the simulated ones do not jitter."""
+    case = random_case(seed, layers)
+    plan = case.plan(speeds=case.speeds)
+    check(plan, case.config, "bfloat16", case.gpu, case.dram, True)
+    assert case.seconds(plan) <= fastest(case) * SHORT_PREFETCH_GAIN * 1.001, plan.describe()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_placement_of_two_layers_is_faster_than_the_plan(seed: int) -> None:
+    check_optimal(seed, 2)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_placement_of_three_layers_is_faster_than_the_plan(seed: int) -> None:
+    check_optimal(1000 + seed, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(300))
+def test_no_placement_is_faster_than_the_plan(seed: int) -> None:
+    check_optimal(2000 + seed, 2)
+    check_optimal(3000 + seed, 3)
+
+
+@pytest.mark.parametrize(("gpu", "dram"), [(16, 32), (8, 8), (None, 30), (15, 64), (60, 60), (200, None)])
+def test_planning_80_layers_takes_less_than_a_second(gpu: int | None, dram: int | None) -> None:
+    config = model(80, 8192, 28672, heads=64, kv_heads=8, vocab=128256)
+    passes = ((1, {"mha": 0.1, "ffn": 0.05}), (100, {"mha": 1e-3, "ffn": 2e-3}))
+    started = time.process_time()
+    plan = make_plan(
+        config, "bfloat16", gpu=gpu and gpu << 30, dram=dram and dram << 30, copies=True, work=WORK,
+        speeds=Speeds(Links(5e9, 25e9), passes),
+    )  # fmt: skip
+    assert time.process_time() - started < 1
+    check(plan, config, "bfloat16", gpu and gpu << 30, dram and dram << 30, True)
+
+
 def test_tiers_by_hand() -> None:
     placed: dict[Sublayer, Tier] = {s: TIERS[i % 3] for i, s in enumerate(order(8))}
     plan = make_plan(model(), "bfloat16", copies=True, work=WORK, tiers=placed)
@@ -224,6 +334,7 @@ def test_sizes() -> None:
         "mhaffn.config",
         "mhaffn.files",
         "mhaffn.plan",
+        "mhaffn.simulate",
         "mhaffn.trace",
         "mhaffn.store",
         "mhaffn.store.format",
