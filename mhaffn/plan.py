@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, format_bytes, order
 from mhaffn.errors import BudgetError, ConfigError
@@ -306,7 +305,7 @@ class _Search:
                     best, best_s = plan, plan_s
                 if best_s <= bound_s * 1.0005:
                     break
-        return self.refined(best, best_s) if best is not None else None
+        return best
 
     def orders(self, mix: Mix, depth: int) -> Iterator[Plan]:
         """Plans of these counts that memory holds: rings depend on the order too, where there are few sublayers."""
@@ -314,24 +313,6 @@ class _Search:
             for shift in (0.5, 0.0):
                 if self.memory.holds(plan := self.memory.plan(mix.spread(shift, turn), depth)):
                     yield plan
-
-    def refined(self, plan: Plan, plan_s: float) -> Plan:
-        """Swaps two sublayers of a kind as long as that makes a pass faster."""
-        bound_s = self.rank(_mix_of(plan), plan.prefetch)[0]
-        swapped = True
-        while swapped and plan_s > 1.005 * bound_s:
-            swapped = False
-            for one, other in combinations(plan.tiers, 2):
-                if one.kind != other.kind or plan.tiers[one] == plan.tiers[other]:
-                    continue
-                if self.tries <= 0:
-                    return plan
-                tiers = {**plan.tiers, one: plan.tiers[other], other: plan.tiers[one]}
-                changed = self.memory.plan(tiers, plan.prefetch)
-                if self.memory.holds(changed) and (changed_s := self.seconds(changed)) < plan_s * 0.999:
-                    plan, plan_s, swapped = changed, changed_s, True
-                    break
-        return plan
 
     def seconds(self, plan: Plan) -> float:
         """Seconds of the passes that count, by simulation."""
@@ -352,14 +333,6 @@ class _Search:
             often * max(ssd_s, h2d_s, mix.layers * sum(compute_s.values())) for often, compute_s in self.speeds.passes
         )
         return bound_s * (SHORT_PREFETCH_GAIN if depth == 1 else 1.0), ssd_s + h2d_s, self.depths.index(depth)
-
-
-def _mix_of(plan: Plan) -> Mix:
-    def count(tier: Tier) -> Pair:
-        mha, ffn = (sum(placed == tier and s.kind == kind for s, placed in plan.tiers.items()) for kind in KINDS)
-        return mha, ffn
-
-    return Mix(len(plan.tiers) // 2, count("gpu"), count("dram"))
 
 
 def _ring_bytes(cycle: list[int], depth: int) -> int:
