@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mhaffn.config import KINDS, Kind, format_bytes
+from mhaffn.config import KINDS, Kind, Sublayer, format_bytes
 from mhaffn.reader import ReaderInfo
+from mhaffn.simulate import Prediction
 from mhaffn.trace import Lane, PassSpan, Phase, Span, Trace
 
-LANE_NAMES: dict[Lane, str] = {"mha": "compute", "ffn": "compute", "h2d": "host → device", "ssd": "SSD → host"}
+LANE_NAMES: dict[Lane, str] = {"ssd": "SSD → host", "h2d": "host → device", "mha": "compute", "ffn": "compute"}
+NEITHER_LINK = "neither link"
+COPIES_IN_STEP = 2
+"""Copies left when a read ends, at most, where copies keep up with it: each starts when its chunk has come."""
+COPIES_AT_WORK = 0.75
+"""The part of a read's time, at least, that copies which cannot keep up with it are at work; others wait for it."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,11 @@ class Row:
 class Report:
     """Passes of one phase: how many, how long each took, what each link did in one, and the bound.
 
-    ``links`` maps a link to the seconds it needs for one pass: measured alone, or, where nothing was
-    measured alone, its busy time in this run. The bound is the greatest of them, because links work at
-    the same time; ``share`` is bound / measured.
+    ``links`` maps a link to the seconds it needs for one pass: measured alone, or predicted, or, where there is
+    neither, its busy time in this run. The bound is the greatest of them, because links work at
+    the same time; ``share`` is bound / measured. ``busy`` maps a link to its seconds at work in this run;
+    ``waits`` a link to the seconds of a pass that compute waited for it; ``predicted`` is what the plan's
+    simulation said, if it was asked.
     """
 
     phase: Phase
@@ -46,6 +55,9 @@ class Report:
     rows: tuple[Row, ...]
     links: Mapping[str, float]
     links_measured_alone: bool
+    busy: Mapping[str, float]
+    waits: Mapping[str, float]
+    predicted: Prediction | None
 
     @property
     def bound_link(self) -> str:
@@ -72,11 +84,19 @@ class Report:
             "bound_s": self.bound_s,
             "bound_link": self.bound_link,
             "share_of_bound": self.share,
+            "busy_s": dict(self.busy),
+            "waits_s": dict(self.waits),
+            "predicted": None if self.predicted is None else asdict(self.predicted),
         }
 
 
-def make_report(trace: Trace, phase: Phase, alone: Mapping[str, float] | None = None) -> Report | None:
-    """The report of the passes of ``phase``; None if there were none."""
+def make_report(
+    trace: Trace, phase: Phase, alone: Mapping[str, float] | None = None, predicted: Prediction | None = None
+) -> Report | None:
+    """The report of the passes of ``phase``; None if there were none.
+
+    ``alone`` has the seconds a pass each link takes measured alone; ``predicted`` is shown beside.
+    """
     passes, spans = trace.kept(phase)
     if not passes:
         return None
@@ -87,14 +107,18 @@ def make_report(trace: Trace, phase: Phase, alone: Mapping[str, float] | None = 
             if of_lane:
                 seconds = sum(span.end_s - span.start_s for span in of_lane) / len(passes)
                 rows.append(Row(kind, lane, sum(span.nbytes for span in of_lane) / len(passes), seconds))
+    busy = _busy(passes, spans)
     return Report(
         phase=phase,
         passes=len(passes),
         tokens=sum(run.tokens for run in passes),
         seconds_per_pass=_seconds_per_pass(passes),
         rows=tuple(rows),
-        links=alone or _busy(passes, spans),
+        links=alone or (_lane_seconds(predicted) if predicted else busy),
         links_measured_alone=alone is not None,
+        busy=busy,
+        waits=waits(passes, spans),
+        predicted=predicted,
     )
 
 
@@ -115,12 +139,53 @@ def _busy(passes: Sequence[PassSpan], spans: Sequence[Span]) -> dict[str, float]
     return links
 
 
+def waits(passes: Sequence[PassSpan], spans: Sequence[Span]) -> dict[str, float]:
+    """Seconds a pass that compute waited, by the link it waited for.
+
+    Where compute stands still, it is the next sublayer that it waits for, since all before have been there.
+    Until that one's read ends, it waits for the SSD; from then until its copy ends, for the copy. Where
+    copies were at work all along and are far behind when the read ends, the copy was the slower of the two.
+    What is left is neither: launches, and the work between passes.
+    """
+    links: dict[str, float] = {}
+    moves: dict[tuple[int, Sublayer], list[Span]] = {}
+    for span in spans:
+        moves.setdefault((span.number, span.sublayer), []).append(span)
+    computes = sorted((span for span in spans if span.lane in KINDS), key=lambda span: (span.number, span.start_s))
+    starts_s = {run.number: run.start_s for run in passes}
+    idle_s = float("-inf")
+    for number, of_pass in groupby(computes, key=lambda span: span.number):
+        idle_s = max(idle_s, starts_s[number])
+        for compute in of_pass:
+            read_s, copied_s = _arrival(moves[number, compute.sublayer])
+            for link, until_s in ((LANE_NAMES["ssd"], read_s), (LANE_NAMES["h2d"], copied_s), (NEITHER_LINK, None)):
+                until_s = compute.start_s if until_s is None else min(until_s, compute.start_s)
+                if until_s > idle_s:
+                    links[link] = links.get(link, 0.0) + (until_s - idle_s) / len(passes)
+                    idle_s = until_s
+            idle_s = max(idle_s, compute.end_s)
+    return links
+
+
+def _arrival(moves: Sequence[Span]) -> tuple[float, float]:
+    """Until when a sublayer waited for its read, and until when for its copy."""
+    reads = [span for span in moves if span.lane == "ssd"]
+    copies = sorted((span for span in moves if span.lane == "h2d"), key=lambda span: span.start_s)
+    read_s = max((span.end_s for span in reads), default=float("-inf"))
+    if reads and sum(copy.start_s >= read_s for copy in copies) > COPIES_IN_STEP:
+        meanwhile = [copy for copy in copies if copy.start_s < read_s]
+        busy_s = sum(min(copy.end_s, read_s) - copy.start_s for copy in meanwhile)
+        if busy_s > COPIES_AT_WORK * (read_s - copies[0].start_s):
+            read_s = copies[0].start_s
+    return read_s, max((span.end_s for span in copies), default=float("-inf"))
+
+
 def render(reports: Sequence[Report | None], info: ReaderInfo | None) -> RenderableType:
     """A table for people: one block a phase, then the engine, the bound and the share of it reached."""
     parts: list[RenderableType] = []
     for report in reports:
         if report is not None:
-            parts += [_table(report), Text(_bound_line(report))]
+            parts += [_table(report), _lanes_table(report), Text(_pass_lines(report))]
     if info is not None:
         parts.append(Text(engine_line(info)))
     return Group(*parts)
@@ -145,21 +210,52 @@ def _table(report: Report) -> Table:
     return table
 
 
-def _bound_line(report: Report) -> str:
-    alone = report.links_measured_alone
-    links = ", ".join(f"{link} {seconds * 1e3:.1f} ms" for link, seconds in report.links.items())
-    rate = report.tokens / report.passes / report.seconds_per_pass
-    lines = [
-        f"  pass      {report.seconds_per_pass * 1e3:.1f} ms ({rate:.2f} tokens/s)",
-        f"  links     {links} a pass, {'measured alone' if alone else 'busy in this run'}",
+def _lanes_table(report: Report) -> Table:
+    """Each lane, and the pass as a whole: predicted, measured, the bound, and the part of a pass that the bound is.
+
+    A lane's bound is what it needs alone; where that is not known, what it took.
+    """
+    predicted, bounds = report.predicted, report.links
+    simulated = {} if predicted is None else _lane_seconds(predicted)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("  ms a pass", no_wrap=True)
+    for column in ("predicted", "measured", "bound", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows: list[tuple[str, float | None, float | None, float | None]] = [
+        (lane, simulated.get(lane), report.busy.get(lane), bounds.get(lane))
+        for lane in dict.fromkeys((*LANE_NAMES.values(), *bounds))
+        if lane in report.busy or lane in bounds
     ]
-    if alone:
-        lines.append(
-            f"  bound     {report.bound_s * 1e3:.1f} ms, by {report.bound_link}: {report.share:.0%} of it reached"
-        )
+    rows.append(("pass", predicted.seconds if predicted else None, report.seconds_per_pass, report.bound_s))
+    for name, *seconds in rows:
+        cells = ["" if value is None else f"{value * 1e3:.1f}" for value in seconds]
+        share = "" if seconds[-1] is None else f"{seconds[-1] / report.seconds_per_pass:.0%}"
+        table.add_row(f"  {name}", *cells, share)
+    return table
+
+
+def _lane_seconds(predicted: Prediction) -> dict[str, float]:
+    seconds: dict[Lane, float] = {"ssd": predicted.ssd_s, "h2d": predicted.h2d_s, "mha": predicted.compute_s}
+    return {LANE_NAMES[lane]: value for lane, value in seconds.items() if value}
+
+
+def _pass_lines(report: Report) -> str:
+    rate = report.tokens / report.passes / report.seconds_per_pass
+    lines = [f"  pass      {report.seconds_per_pass * 1e3:.1f} ms ({rate:.2f} tokens/s)"]
+    if report.links_measured_alone or report.predicted:
+        by = f"{report.bound_link}, {'measured alone' if report.links_measured_alone else 'predicted'}"
+        lines.append(f"  bound     {report.bound_s * 1e3:.1f} ms, by {by}: {report.share:.0%} of it reached")
     else:
         lines.append(f"  busiest   {report.bound_link}, at work {report.share:.0%} of the time")
+    waited_s = sum(report.waits.values())
+    causes = ", ".join(f"{link} {seconds * 1e3:.1f} ms" for link, seconds in _largest_first(report.waits))
+    part = f"{waited_s * 1e3:.1f} ms a pass, {waited_s / report.seconds_per_pass:.0%} of it"
+    lines.append(f"  waited    compute stood still {part}{', for ' + causes if causes else ''}")
     return "\n".join(lines) + "\n"
+
+
+def _largest_first(links: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(links.items(), key=lambda item: -item[1])
 
 
 def engine_line(info: ReaderInfo) -> str:

@@ -27,6 +27,7 @@ from mhaffn.measured import Measured
 from mhaffn.modules import Provider
 from mhaffn.plan import STAGING_BYTES, TIERS, Plan, Sizes, Tier, make_plan
 from mhaffn.reader import Extent, Reader, Request, Slot
+from mhaffn.report import make_report
 from mhaffn.runner import Runner
 from mhaffn.simulate import Links, Prediction, Work, predict
 from mhaffn.store import Store
@@ -266,7 +267,7 @@ def tiers_by(place: Callable[[int, Sublayer], Tier]) -> dict[Sublayer, Tier]:
 MIXES: dict[str, tuple[Phase, float, dict[Sublayer, Tier]]] = {
     "all in DRAM": ("decode", 1, tiers_by(lambda i, s: "dram")),
     "half in DRAM": ("decode", 4, tiers_by(lambda i, s: "dram" if s.layer % 2 else "ssd")),
-    "thirds": ("prefill", 2, tiers_by(lambda i, s: ("gpu", "dram", "ssd")[i % 3])),
+    "thirds": ("prefill", 3, tiers_by(lambda i, s: ("gpu", "dram", "ssd")[i % 3])),
     "MHA on the GPU": ("decode", 4, tiers_by(lambda i, s: "gpu" if s.kind == "mha" else "ssd")),
     "one half, then the other": ("prefill", 3, tiers_by(lambda i, s: "ssd" if s.layer < LAYERS // 2 else "gpu")),
 }
@@ -306,3 +307,25 @@ def test_without_prefetch_the_bound_is_out_of_reach(phase: Phase, machine: Machi
     speeds = machine.speeds(phase, faster)
     assert machine.simulate(plan, speeds).seconds * faster > 1.05 * target_s
     assert machine.execute(plan, speeds, phase, passes=2).steady_s * faster > 1.05 * target_s
+
+
+# Tier, times as fast as the seed, copies as fast beside that, the link that compute waits for.
+WAITS: dict[str, tuple[Tier, float, float, str]] = {
+    "slow SSD": ("ssd", 4, 1, "SSD → host"),
+    "slow copies from DRAM": ("dram", 1, 1, "host → device"),
+    "copies slower than the SSD": ("ssd", 8, 1 / 20, "host → device"),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_the_report_names_the_link_that_is_slow(name: str, machine: Machine) -> None:
+    tier, faster, copies, link = WAITS[name]
+    speeds = machine.speeds("decode", faster)
+    speeds = replace(speeds, h2d=speeds.h2d * copies)
+    plan = machine.plan(tiers_by(lambda i, s: tier))
+    done = machine.execute(plan, speeds, "decode", passes=2)
+    report = make_report(done.trace, "decode", predicted=machine.simulate(plan, speeds))
+    assert report is not None
+    assert report.bound_link == link
+    assert report.waits[link] >= 0.8 * sum(report.waits.values())
+    assert report.waits[link] >= 0.75 * report.seconds_per_pass
