@@ -118,6 +118,9 @@ def run(
     trace: Annotated[
         Path | None, typer.Option(callback=_writable, help="Write a Chrome/Perfetto trace to this file.")
     ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(callback=_writable, help="Draw one pass, serial beside streamed, in this PNG file.")
+    ] = None,
 ) -> None:
     """Generate text; the answer goes to standard output, all else to standard error.
 
@@ -128,7 +131,10 @@ def run(
         mhaffn run HuggingFaceTB/SmolLM2-135M-Instruct -p "Once upon a time" --raw --dram 0
     """
     from mhaffn.session import Options, generate
+    from mhaffn.timeline import check_available
 
+    if timeline is not None:
+        check_available()
     if prompt is None and sys.stdin.isatty():
         raise ConfigError("got no prompt; give one with -p, or pipe it in")
     options = Options(
@@ -143,6 +149,7 @@ def run(
         temperature=temperature,
         seed=seed,
         trace=trace,
+        timeline=timeline,
         table=report,
         console=console,
     )

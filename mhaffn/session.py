@@ -24,6 +24,7 @@ from mhaffn.reader import ReaderInfo
 from mhaffn.report import Report, engine_line, make_report, render
 from mhaffn.runner import Runner
 from mhaffn.store import Store, resolve
+from mhaffn.timeline import draw
 
 GREEDY: dict[str, Any] = {"num_beams": 1, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
@@ -53,6 +54,7 @@ def generate(
     temperature: float,
     seed: int,
     trace: Path | None,
+    timeline: Path | None,
     table: bool,
     console: Console,
 ) -> bool:
@@ -86,6 +88,9 @@ def generate(
         if trace is not None:
             runner.trace.write_chrome(trace)
             console.print(f"trace written to {trace}", highlight=False)
+        if timeline is not None:
+            draw(runner.trace, timeline)
+            console.print(f"timeline drawn in {timeline}", highlight=False)
     return finished
 
 

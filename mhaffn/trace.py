@@ -97,7 +97,8 @@ class Trace:
             event = _event(str(span.sublayer), LANES.index(span.lane) + 1, span.start_s, span.end_s)
             events.append(event | {"args": {"bytes": span.nbytes, "pass": span.number}})
         for run in passes:
-            events.append(_event(f"{run.phase} ({run.tokens} tokens)", 0, run.start_s, run.end_s))
+            event = _event(f"{run.phase} ({run.tokens} tokens)", 0, run.start_s, run.end_s)
+            events.append(event | {"args": {"pass": run.number, "phase": run.phase, "tokens": run.tokens}})
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
 
 

@@ -61,8 +61,9 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_run_prints_the_answer_to_stdout_and_the_table_to_stderr(model: Path, tmp_path: Path) -> None:
-    trace = tmp_path / "trace.json"
-    done = command("run", model, "-p", "w5 w6", "--max-new-tokens", 6, "--dram", 0, "--trace", trace, "--report")
+    trace, timeline = tmp_path / "trace.json", tmp_path / "timeline.png"
+    done = command("run", model, "-p", "w5 w6", "--max-new-tokens", 6, "--dram", 0, "--trace", trace,
+                   "--timeline", timeline, "--report")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(w\d+ ?){6}\n", done.stdout)
     assert "6 on SSD" in done.stderr
@@ -70,6 +71,7 @@ def test_run_prints_the_answer_to_stdout_and_the_table_to_stderr(model: Path, tm
         assert piece in done.stderr
     lanes = {event.get("args", {}).get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"ssd", "mha", "ffn"} <= lanes
+    assert timeline.read_bytes().startswith(b"\x89PNG")
 
 
 def test_run_ends_with_a_short_summary(model: Path, here: Here) -> None:
@@ -112,6 +114,7 @@ def test_prompt_from_stdin_and_sampling_with_a_seed(model: Path, here: Here, mon
         (["MODEL", "--engine", "psychic"], "psychic"),
         (["MODEL", "--device", "tpu"], "tpu"),
         (["MODEL", "--trace", "/no/such/folder/trace.json"], "/no/such/folder is no folder"),
+        (["MODEL", "--timeline", "/no/such/folder/pass.png"], "/no/such/folder is no folder"),
     ],
 )
 def test_a_mistake_gets_one_paragraph_and_exit_2(arguments: list[str], message: str, model: Path, here: Here) -> None:

@@ -36,7 +36,7 @@ LAYERS = [
     ("hf",),
     ("forecast",),
     ("measured",),
-    ("planning", "machine", "report"),
+    ("planning", "machine", "report", "timeline"),
     ("session",),
     ("demo", "doctor"),
     ("cli",),
@@ -128,7 +128,7 @@ def test_transformers_works_from_the_repository_root() -> None:
     program = (
         "import transformers, torch, kernels; from transformers import LlamaConfig, LlamaForCausalLM;"
         "model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,"
-        "num_attention_heads=2, num_key_value_heads=1, vocab_size=32));"
+        "num_attention_heads=2, num_key_value_heads=1, vocab_size=32, eos_token_id=None));"
         "print(kernels.__file__, tuple(model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2).shape));"
         "print([name for name in vars(kernels) if not name.startswith('__')])"
     )
