@@ -24,8 +24,9 @@ WORDS = {
         "a third GPU, rest DRAM": "三分之一常驻 GPU，其余在内存", "decode": "解码", "prompt of": "提示长度",
         "layers of 70B width": "层，70B 宽度", "tokens": "个词元", "SmolLM2-135M, all layers from SSD":
         "SmolLM2-135M，所有层来自 SSD", "compute": "计算", "ssd": "SSD", "h2d": "主机→GPU 拷贝", "SSD → host": "SSD",
+        "SSD → host → device": "SSD→主机→GPU",
     },
-    "en": {"ssd": "SSD", "h2d": "host→GPU copy", "SSD → host": "SSD"},
+    "en": {"ssd": "SSD", "h2d": "host→GPU copy", "SSD → host": "SSD", "SSD → host → device": "SSD→host→GPU"},
 }  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def rows() -> list[dict[str, object]]:
                 "rate": nbytes / decode["seconds_per_pass"] / 2**30,
                 "bound": decode["bound_s"],
                 "link": decode["bound_link"],
+                "share": decode["share_of_bound"],
             }
         )
 
@@ -56,11 +58,12 @@ def rows() -> list[dict[str, object]]:
             found.append(
                 {
                     "machine": machine(values["machine"]),
-                    "what": [f"{values['layers']} ", "layers of 70B width", ", ", row["mix"], ", ", *phase],
+                    "what": [f"{row['layers']} ", "layers of 70B width", ", ", row["mix"], ", ", *phase],
                     "seconds": row["seconds"],
                     "rate": row["gib_per_s"],
                     "bound": row["bounds"][row["bound_link"]],
                     "link": row["bound_link"],
+                    "share": 1 / row["ratio"],
                 }
             )
     return found
@@ -80,10 +83,9 @@ def table(language: str) -> str:
     for row in rows():
         what = "".join(words.get(part, part) for part in row["what"])  # type: ignore[attr-defined]
         link = words.get(str(row["link"]), str(row["link"]))
-        share = float(str(row["bound"])) / float(str(row["seconds"]))
         lines.append(
             f"| {row['machine']} | {what} | {row['seconds']:.3f} | {row['rate']:.2f} "
-            f"| {row['bound']:.3f}, {link} | {share:.0%} |"
+            f"| {row['bound']:.3f}, {link} | {row['share']:.0%} |"
         )
     return "\n".join(lines)
 
