@@ -86,10 +86,13 @@ def fio_peer(engine: str, block_mib: int, depth: int, huge: bool) -> Peer:
 
 
 def loop_peer(binary: Path, block_mib: int, depth: int) -> Peer:
+    """The loop reads into as much memory as we do: less would stay in the processor's caches, where no use has it."""
+
     def run(path: Path) -> Sample:
         output = subprocess.run(
-            [str(binary), str(path), str(block_mib * MIB), str(depth)], capture_output=True, text=True, check=True
-        ).stdout
+            [str(binary), str(path), str(block_mib * MIB), str(depth), str(ARENA_BYTES)],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
         nbytes, seconds, cpu = (float(word) for word in output.split())
         assert nbytes == FILE_BYTES
         return Sample(nbytes / seconds / GIB, cpu * 1e3 / (nbytes / 1e9))
