@@ -6,7 +6,12 @@ Bound by memory: k and v are read once, ``2 * B * S * H * K`` elements. So the `
 and the T tokens, are the rows of one tile (row ``t * G + g``), and the keys are split among enough programs to keep
 every processor loading, also for short S. Each split leaves its normalised sum and log2-sum-exp in float32; a second,
 small kernel weighs them together. Lengths are read on the device and the grid depends on shapes only, so a CUDA graph
-stays valid while a sequence grows. Where the GPU can, launches overlap (programmatic dependent launch).
+stays valid while a sequence grows.
+
+Where the GPU can, launches overlap (programmatic dependent launch): a program comes when the kernel before drains, and
+while it must not read yet it asks for its first AHEAD keys and values in L2. With START the next launch may come as
+soon as every program here runs, so its programs take processors one by one as they are left. No write can come too
+soon: a kernel writes only after its own wait, and that waits for the whole chain before it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-warn-return-any
@@ -20,8 +25,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import tiles
+from .prefetch import prefetch_rows, rows_aligned
 
 LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def split_range(split, splits, length, BLOCK_N: tl.constexpr):
+    """The keys of a split, in whole tiles but for the last: (first, end)."""
+    per_split = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
+    return split * per_split, tl.minimum(split * per_split + per_split, length)
 
 
 @triton.jit
@@ -31,20 +44,33 @@ def split_kernel(
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, m_b, m_h, m_t, m_s, o_b, o_t, o_h,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_LENS: tl.constexpr, HAS_MASK: tl.constexpr, SPLIT: tl.constexpr, OVERLAP: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys for one tile of rows of one key head."""
-    if OVERLAP:
-        gdc_wait()
     split = tl.program_id(0)
     first_row = tl.program_id(1) * BLOCK_M
     head_index = tl.program_id(2)
     batch = (head_index // H).to(tl.int64)
     head = (head_index % H).to(tl.int64)
 
+    if AHEAD > 0:
+        likely = S
+        if HAS_LENS:  # may still change: it only chooses what to ask for, and must not stay in L1
+            likely = tl.load(p_lens + batch, cache_modifier=".cg").to(tl.int32)
+            likely = tl.maximum(tl.minimum(likely, S), 1)
+        first, end = split_range(split, splits, likely, BLOCK_N)
+        ahead = tl.maximum(tl.minimum(first + tl.arange(0, AHEAD), end - 1), 0).to(tl.int64)
+        size = tl.full((AHEAD,), K * p_k.dtype.element_ty.primitive_bitwidth // 8, tl.int32)
+        prefetch_rows(p_k + batch * k_b + head * k_h + ahead * k_s, size)
+        prefetch_rows(p_v + batch * v_b + head * v_h + ahead * v_s, size)
+    if OVERLAP:
+        if START:
+            gdc_launch_dependents()
+        gdc_wait()
+
     length = S
     if HAS_LENS:
-        length = tl.load(p_lens + batch).to(tl.int32)
+        length = tl.load(p_lens + batch, volatile=True).to(tl.int32)  # not the value from before the wait
     row = first_row + tl.arange(0, BLOCK_M)
     token = row // G
     query_head = head * G + row % G
@@ -54,9 +80,7 @@ def split_kernel(
     o_q = batch * q_b + token.to(tl.int64)[:, None] * q_t + query_head[:, None] * q_h + dim[None, :]
     b_q = tl.load(p_q + o_q, mask=m_row[:, None] & m_dim[None, :], other=0.0)
 
-    per_split = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
-    start = split * per_split
-    end = tl.minimum(start + per_split, length)
+    start, end = split_range(split, splits, length, BLOCK_N)
     last = length - T + token  # the last key a row may see
     if CAUSAL:
         end = tl.minimum(end, length - T + tl.minimum(first_row + BLOCK_M - 1, rows - 1) // G + 1)
@@ -91,7 +115,7 @@ def split_kernel(
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_max = new_max
 
-    if OVERLAP:
+    if OVERLAP and not START:
         gdc_launch_dependents()  # the combining kernel gets ready and waits for this one's end
     empty = b_sum == 0.0
     b_sum = tl.where(empty, 1.0, b_sum)
@@ -113,22 +137,22 @@ def combine_kernel(
 ):  # fmt: skip
     """One row: the splits' sums, weighed by their share of the softmax."""
     if OVERLAP:
+        gdc_launch_dependents()  # the kernel after waits for this one's end, and so for the splits'
         gdc_wait()
-        gdc_launch_dependents()
     row = tl.program_id(0)
     head_index = tl.program_id(1)
     split = tl.arange(0, BLOCK_SPLITS)
     dim = tl.arange(0, BLOCK_K)
     o_row = (split * tl.num_programs(1) + head_index).to(tl.int64) * rows + row
     b_lse = tl.load(p_lse + o_row, mask=split < splits, other=float("-inf"))
+    m_tile = (split < splits)[:, None] & (dim < K)[None, :]
+    b_partial = tl.load(p_partial + o_row[:, None] * K + dim[None, :], mask=m_tile, other=0.0)
     top = tl.max(b_lse, 0)
     b_weight = tl.exp2(b_lse - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(b_weight, 0)
     b_weight = b_weight / tl.where(total == 0.0, 1.0, total)
-    # A split that saw no key wrote no finite sum: leave it out rather than multiply it by zero.
-    m_tile = (b_weight > 0)[:, None] & (dim < K)[None, :]
-    b_partial = tl.load(p_partial + o_row[:, None] * K + dim[None, :], mask=m_tile, other=0.0)
-    b_out = tl.sum(b_partial * b_weight[:, None], 0)
+    # A split of no weight is left out rather than multiplied by zero: its sum may not be finite.
+    b_out = tl.sum(tl.where(b_weight[:, None] > 0, b_partial, 0.0) * b_weight[:, None], 0)
     batch = (head_index // H).to(tl.int64)
     query_head = (head_index % H).to(tl.int64) * G + row % G
     o_out = batch * o_b + (row // G).to(tl.int64) * o_t + query_head * o_h + dim
@@ -173,6 +197,7 @@ def attention_decode(
     if splits > 1:
         partial = torch.empty((splits, b * h, rows, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((splits, b * h, rows), dtype=torch.float32, device=q.device)
+    ahead = tile.get("AHEAD", 0) if machine.overlap and rows_aligned(k) and rows_aligned(v) else 0
     wide_mask = None if mask is None else mask.expand(b, hq, t, s)
     extra = {"launch_pdl": True} if machine.overlap else {}
     split_kernel[(splits, row_tiles, b * h)](
@@ -182,7 +207,8 @@ def attention_decode(
         *(wide_mask.stride() if wide_mask is not None else (0, 0, 0, 0)), *out.stride()[:3],
         K=dim, BLOCK_K=block_k, BLOCK_M=block_m, BLOCK_N=tile["BLOCK_N"],
         CAUSAL=causal and t > 1, HAS_LENS=kv_lens is not None, HAS_MASK=mask is not None, SPLIT=splits > 1,
-        OVERLAP=machine.overlap, STAGES=tile["STAGES"], num_warps=tile["WARPS"], **extra,
+        OVERLAP=machine.overlap, STAGES=tile["STAGES"], AHEAD=ahead, START=bool(tile.get("START", 0)),
+        num_warps=tile["WARPS"], **extra,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(rows, b * h)](
