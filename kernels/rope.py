@@ -3,8 +3,8 @@
 q [B, T, HQ, K], k [B, T, H, K]; cos, sin [B|1, T, K/2] or [T, K/2] in float32 (any frequency scaling is in them).
 Pairs are ``(i, i + K/2)`` (half-split) or ``(2i, 2i + 1)`` (interleaved). Computed in float32, rounded once.
 
-Bound by memory: q and k are read and written once. One program turns a few heads of one token, q's and k's in one
-launch. :func:`rope_write` puts the turned keys, and the values, straight into a cache.
+Bound by memory: q and k are read and written once. One program turns eight heads of a token or a few, q's and k's
+in one launch. :func:`rope_write` puts the turned keys, and the values, straight into a cache.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-warn-return-any
@@ -19,24 +19,27 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import tiles
 
-PAIRS, WARPS = 2048, 4  # pairs a program turns, warps it has
+PAIRS, HEADS, WARPS = 1024, 8, 4  # pairs a program turns, heads it takes of a token, warps it has
 
 
 @triton.jit
-def turn(p_in, p_out, b_cos, b_sin, m_head, K: tl.constexpr, BLOCK_HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Rotates heads: p_in and p_out [BLOCK_H, 1] point at their first elements."""
+def turn(
+    p_in, p_out, b_cos, b_sin, m_row,
+    K: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rotates heads: p_in and p_out [BLOCK_T, BLOCK_H, 1] point at their first elements."""
     half: tl.constexpr = K // 2
     element = p_out.dtype.element_ty
     if INTERLEAVED:  # whole heads are read and written in one piece; pairs are neighbours in registers
-        dim = tl.arange(0, 2 * BLOCK_HALF)[None, :]
-        m_tile = m_head & (dim < K)
+        dim = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        m_tile = m_row & (dim < K)
         b_x = tl.load(p_in + dim, mask=m_tile, other=0.0).to(tl.float32)
-        first, second = tl.split(b_x.reshape(b_x.shape[0], BLOCK_HALF, 2))
+        first, second = tl.split(b_x.reshape(BLOCK_T, BLOCK_H, BLOCK_HALF, 2))
         b_out = tl.join(first * b_cos - second * b_sin, second * b_cos + first * b_sin)
-        tl.store(p_out + dim, b_out.reshape(b_x.shape[0], 2 * BLOCK_HALF).to(element), mask=m_tile)
+        tl.store(p_out + dim, b_out.reshape(BLOCK_T, BLOCK_H, 2 * BLOCK_HALF).to(element), mask=m_tile)
     else:
-        pair = tl.arange(0, BLOCK_HALF)[None, :]
-        m_tile = m_head & (pair < half)
+        pair = tl.arange(0, BLOCK_HALF)[None, None, :]
+        m_tile = m_row & (pair < half)
         first = tl.load(p_in + pair, mask=m_tile, other=0.0).to(tl.float32)
         second = tl.load(p_in + half + pair, mask=m_tile, other=0.0).to(tl.float32)
         tl.store(p_out + pair, (first * b_cos - second * b_sin).to(element), mask=m_tile)
@@ -46,46 +49,53 @@ def turn(p_in, p_out, b_cos, b_sin, m_head, K: tl.constexpr, BLOCK_HALF: tl.cons
 @triton.jit
 def rope_kernel(
     p_q, p_k, p_v, p_cos, p_sin, p_start, p_q_out, p_k_out, p_v_out,
-    T, HQ, H, cos_b, cos_t, sin_b, sin_t,
+    N, T, HQ, H, cos_b, cos_t, sin_b, sin_t,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, ko_b, ko_t, ko_h, vo_b, vo_t, vo_h,
-    K: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr, INTERLEAVED: tl.constexpr, CACHE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    K: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    INTERLEAVED: tl.constexpr, CACHE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token; axis 1 counts tiles of query heads, then of key heads, then (CACHE) of value heads."""
+    """BLOCK_T of the N = B * T tokens; axis 1 counts tiles of query heads, then of key heads, then (CACHE) of values'.
+
+    All programs carry the same work: a tile of as many heads as queries have would leave keys' mostly empty.
+    """
     if OVERLAP:
+        gdc_launch_dependents()  # the kernel after waits for this one's end
         gdc_wait()
-        gdc_launch_dependents()
-    batch = tl.program_id(0) // T
-    token = tl.program_id(0) % T
     part = tl.program_id(1)
     q_tiles = tl.cdiv(HQ, BLOCK_H)
     k_tiles = tl.cdiv(H, BLOCK_H)
-    pair = tl.arange(0, BLOCK_HALF)
-    m_pair = pair < K // 2
-    batch = batch.to(tl.int64)
-    place = token.to(tl.int64)
+    flat = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None, None]
+    m_token = flat < N
+    batch = (flat // T).to(tl.int64)
+    token = (flat % T).to(tl.int64)
+    head = tl.arange(0, BLOCK_H)[None, :, None]
+    pair = tl.arange(0, BLOCK_HALF)[None, None, :]
+    place = token
     if CACHE:
-        place += tl.load(p_start + batch)
+        place += tl.load(p_start + batch, mask=m_token, other=0)
 
     if part < q_tiles + k_tiles:
-        b_cos = tl.load(p_cos + batch * cos_b + token.to(tl.int64) * cos_t + pair, mask=m_pair, other=0.0)[None, :]
-        b_sin = tl.load(p_sin + batch * sin_b + token.to(tl.int64) * sin_t + pair, mask=m_pair, other=0.0)[None, :]
+        m_angle = m_token & (pair < K // 2)
+        b_cos = tl.load(p_cos + batch * cos_b + token * cos_t + pair, mask=m_angle, other=0.0)
+        b_sin = tl.load(p_sin + batch * sin_b + token * sin_t + pair, mask=m_angle, other=0.0)
         if part < q_tiles:
-            head = part * BLOCK_H + tl.arange(0, BLOCK_H)
-            o_in = (batch * q_b + token.to(tl.int64) * q_t + head.to(tl.int64) * q_h)[:, None]
-            o_out = ((tl.program_id(0).to(tl.int64) * HQ + head) * K)[:, None]
-            turn(p_q + o_in, p_q_out + o_out, b_cos, b_sin, (head < HQ)[:, None], K, BLOCK_HALF, INTERLEAVED)
+            head += part * BLOCK_H
+            o_in = batch * q_b + token * q_t + head.to(tl.int64) * q_h
+            o_out = (flat.to(tl.int64) * HQ + head) * K
+            m_row = m_token & (head < HQ)
+            turn(p_q + o_in, p_q_out + o_out, b_cos, b_sin, m_row, K, BLOCK_HALF, BLOCK_T, BLOCK_H, INTERLEAVED)
         else:
-            head = (part - q_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
-            o_in = (batch * k_b + token.to(tl.int64) * k_t + head.to(tl.int64) * k_h)[:, None]
-            o_out = (batch * ko_b + place * ko_t + head.to(tl.int64) * ko_h)[:, None]
-            turn(p_k + o_in, p_k_out + o_out, b_cos, b_sin, (head < H)[:, None], K, BLOCK_HALF, INTERLEAVED)
+            head += (part - q_tiles) * BLOCK_H
+            o_in = batch * k_b + token * k_t + head.to(tl.int64) * k_h
+            o_out = batch * ko_b + place * ko_t + head.to(tl.int64) * ko_h
+            m_row = m_token & (head < H)
+            turn(p_k + o_in, p_k_out + o_out, b_cos, b_sin, m_row, K, BLOCK_HALF, BLOCK_T, BLOCK_H, INTERLEAVED)
     elif CACHE:
-        value_head = (part - q_tiles - k_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
-        dim = tl.arange(0, 2 * BLOCK_HALF)
-        m_value = (value_head < H)[:, None] & (dim < K)[None, :]
-        o_value = (batch * v_b + token.to(tl.int64) * v_t + value_head.to(tl.int64) * v_h)[:, None] + dim[None, :]
-        o_place = (batch * vo_b + place * vo_t + value_head.to(tl.int64) * vo_h)[:, None] + dim[None, :]
+        head += (part - q_tiles - k_tiles) * BLOCK_H
+        dim = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        m_value = m_token & (head < H) & (dim < K)
+        o_value = batch * v_b + token * v_t + head.to(tl.int64) * v_h + dim
+        o_place = batch * vo_b + place * vo_t + head.to(tl.int64) * vo_h + dim
         tl.store(p_v_out + o_place, tl.load(p_v + o_value, mask=m_value), mask=m_value)
 
 
@@ -120,12 +130,13 @@ def _launch(
     overlap = tiles.machine(q.device).overlap
     values, out_values = (k, out_k) if v is None or out_v is None else (v, out_v)
     block_half = triton.next_power_of_2(max(1, dim // 2))
-    block_h = min(triton.next_power_of_2(max(hq, h)), max(1, PAIRS // block_half))
+    block_h = min(triton.next_power_of_2(max(hq, h)), HEADS)
+    block_t = min(triton.next_power_of_2(b * t), max(1, PAIRS // (block_h * block_half)))
     parts = triton.cdiv(hq, block_h) + triton.cdiv(h, block_h) * (1 if v is None else 2)
     angles = [(x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0, x.stride(-2)) for x in (cos, sin)]
-    rope_kernel[(b * t, parts)](
-        q, k, values, cos, sin, start, out_q, out_k, out_values, t, hq, h, *angles[0], *angles[1],
+    rope_kernel[(triton.cdiv(b * t, block_t), parts)](
+        q, k, values, cos, sin, start, out_q, out_k, out_values, b * t, t, hq, h, *angles[0], *angles[1],
         *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *out_k.stride()[:3], *out_values.stride()[:3],
-        K=dim, BLOCK_HALF=block_half, BLOCK_H=block_h, INTERLEAVED=interleaved, CACHE=v is not None,
-        OVERLAP=overlap, num_warps=WARPS, **({"launch_pdl": True} if overlap else {}),
+        K=dim, BLOCK_HALF=block_half, BLOCK_T=block_t, BLOCK_H=block_h, INTERLEAVED=interleaved,
+        CACHE=v is not None, OVERLAP=overlap, num_warps=WARPS, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
