@@ -26,6 +26,7 @@ from . import attention_decode, attention_prefill, ffn, nvrtc, tiles, timing
 
 DTYPE = torch.bfloat16
 COLD_BYTES = 200 << 20  # inputs of consecutive calls: more than any L2
+DECODE_CALLS_MIN = 16  # in one graph: two alone would bear its start, and show little of launches that overlap
 PREFILL_TILES = [
     (128, 128, 2, 8),
     (128, 128, 3, 8),
@@ -101,7 +102,8 @@ def decode_shape(
         if tokens > 1:
             mask = torch.ones(batch, 1, tokens, keys, dtype=torch.bool, device="cuda")
         run = attention_decode.attention_decode
-        return [lambda k=k, v=v: run(q, k, v, True, None, mask, dim**-0.5, tile) for k, v in sets]
+        once = [lambda k=k, v=v: run(q, k, v, True, None, mask, dim**-0.5, tile) for k, v in sets]
+        return once * -(-DECODE_CALLS_MIN // len(once))
 
     return calls
 
@@ -143,6 +145,7 @@ def problems() -> list[Problem]:
     found = []
     decode = list(grid(BLOCK_N=(32, 64, 128), STAGES=(2, 3, 4), WARPS=(4,), WAVES=(1, 2, 3, 4), COMBINE_WARPS=(2,)))
     decode += list(grid(BLOCK_N=(128,), STAGES=(2, 3), WARPS=(8,), WAVES=(1, 2), COMBINE_WARPS=(2,)))
+    decode += [{**t, "AHEAD": 128, "START": s} for t in decode if t["BLOCK_N"] >= 64 for s in (0, 1)]
     one = {"element": 2, "dim": 128, "rows": 16, "programs": 32}
     for bound, keys in (({"keys": 4096}, 2048), ({"keys": 16384}, 8192), ({}, 32768)):
         found.append(Problem("attention_decode", {**one, **bound}, decode, [decode_shape(1, keys)]))
