@@ -16,6 +16,10 @@ DECODE_TOKENS_MAX = 64
 """Query tokens up to which the keys are split among programs."""
 FEW_ROWS_NARROW_MAX = 32
 """Rows up to which the FFN of a model less than 8192 wide streams its weights past them."""
+WIDE = 8192
+"""Model width from which the FFN is chosen as measured at Llama-3.1-70B's."""
+LIBRARY_ROWS_WIDE = range(257, 1025)
+"""Rows, about the 512 measured, at which cuBLAS makes a wide model's gate and up products: ours was no faster."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -106,8 +110,9 @@ def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0 or x.dtype == float32:
         return library.ffn(x, w1, w3, w2)
-    narrow = rows.shape[1] < 8192  # at 4096, cuBLAS was 3 % faster from 64 rows
+    narrow = rows.shape[1] < WIDE  # at 4096, cuBLAS was 3 % faster from 64 rows
     if rows.shape[0] <= (FEW_ROWS_NARROW_MAX if narrow else ffn.FEW_ROWS_MAX):
         return few_rows(few_rows(rows, w1, w3), w2, None).view(x.shape)
-    gate_up = ffn.gate_up if ffn.gate_up_fits(rows, w1, w3) else ffn.linear_silu_mul
+    fused = (narrow or rows.shape[0] not in LIBRARY_ROWS_WIDE) and ffn.gate_up_fits(rows, w1, w3)
+    gate_up = ffn.gate_up if fused else ffn.linear_silu_mul
     return library.ffn(rows, w1, w3, w2, gate_up=gate_up).view(x.shape)

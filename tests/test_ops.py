@@ -371,3 +371,20 @@ def test_import_is_light():
     code = "import sys, mhaffn.ops; print([m for m in ('cupy', 'transformers', 'mhaffn.cli') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "expected"),
+    [(8192, 128, "gate_up"), (8192, 512, "linear_silu_mul"), (8192, 2048, "gate_up"), (4096, 512, "gate_up")],
+)
+def test_who_makes_the_gate_and_up_products_of_many_rows(monkeypatch, width, rows, expected):
+    pytest.importorskip("triton")
+    from mhaffn.kernels import ffn as kernels
+    from mhaffn.kernels import select
+
+    called = []
+    for name in ("gate_up", "linear_silu_mul"):
+        monkeypatch.setattr(kernels, name, lambda x, w1, w3, name=name: called.append(name) or x @ w1.T)
+    w = torch.zeros(16, width, dtype=torch.bfloat16)
+    select.ffn(torch.zeros(rows, width, dtype=torch.bfloat16), w, w, w.T.contiguous())
+    assert called == [expected]
