@@ -305,6 +305,47 @@ def test_lengths_grow_under_one_graph():
         assert relative_error(out, truth) < 1e-2
 
 
+def test_steps_that_overlap_see_what_was_written(monkeypatch):
+    """Each step of one graph writes a key, then attends: the launches after it have asked for those lines before."""
+    monkeypatch.undo()  # poison is written by kernels, which would keep the launches apart
+    dtype = torch.bfloat16
+    caches = randn(2, 2, 1100, 8, 128, dtype=dtype)
+    inputs = [qkv(2, 1, 1, 64, 8, 128, dtype) for _ in range(20)]
+    cos, sin = torch.rand(2, 1, 64, device="cuda")
+    first = torch.tensor([[999, 36], [1000, 37]], device="cuda")  # where a key goes, and how many there are then
+
+    def steps(attend, k_cache, v_cache, places):
+        outs = []
+        for q, k, v in inputs:
+            places += 1
+            turned = ops.rope_write(q, k, v, cos, sin, k_cache, v_cache, places[0])
+            outs += [attend(turned, k_cache, v_cache, kv_lens=places[1]) for _ in range(2)]
+        return outs
+
+    def exact(q, k, v, kv_lens):
+        return reference.attention(*up(q, k, v), kv_lens=kv_lens)
+
+    truth = steps(exact, *caches.clone(), first.clone())
+    captured, places = caches.clone(), first.clone()
+    steps(ops.attention, *captured, places)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = steps(ops.attention, *captured, places)
+    for _ in range(3):
+        captured.copy_(caches)
+        places.copy_(first)
+        graph.replay()
+        for got, want in zip(outs, truth, strict=True):
+            assert relative_error(got, want) < 1e-2
+
+
+def test_keys_that_cannot_be_prefetched():
+    q, k, v = qkv(2, 1, 300, 8, 2, 128, torch.bfloat16)
+    odd = torch.zeros(2, 300, 2, 129, device="cuda", dtype=torch.bfloat16)[..., 1:]
+    odd.copy_(k)
+    check_attention(attention_decode.attention_decode, q, odd, v)
+
+
 def test_offsets_past_two_to_the_31():
     keys = (1 << 31) // (8 * 128) + 1000
     k = torch.randn(1, keys, 8, 128, device="cuda", dtype=torch.bfloat16)
