@@ -271,12 +271,21 @@ def plan(
     measured: Annotated[
         Path | None, typer.Option(help="Analyse a JSON file of times measured by sublayer instead.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="GPU memory, e.g. 16GiB.")] = "16GiB",
-    dram: Annotated[str, typer.Option(help="Host memory for weights, e.g. 48GiB.")] = "32GiB",
-    ssd: Annotated[str, typer.Option(help="SSD speed a second, e.g. 5GB.")] = "5GB",
-    h2d: Annotated[str, typer.Option(help="Host-to-GPU speed a second: PCIe 4 x16 25GB, PCIe 5 x16 50GB.")] = "25GB",
-    hbm: Annotated[str, typer.Option(help="GPU memory speed a second.")] = "900GB",
-    tflops: Annotated[float, typer.Option(min=0.1, help="bf16 TFLOP/s the GPU reaches.")] = 100.0,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="A machine measured with `mhaffn doctor --measure`; by default the one measured here."),
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="GPU memory [unmeasured: 16GiB].")] = None,
+    dram: Annotated[str | None, typer.Option(help="Host memory for weights [unmeasured: 32GiB].")] = None,
+    ssd: Annotated[str | None, typer.Option(help="SSD speed a second [unmeasured: 5GB].")] = None,
+    h2d: Annotated[
+        str | None,
+        typer.Option(help="Host-to-GPU speed a second: PCIe 4 x16 25GB, PCIe 5 x16 50GB [unmeasured: 25GB]."),
+    ] = None,
+    hbm: Annotated[str | None, typer.Option(help="GPU memory speed a second [unmeasured: 900GB].")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.1, help="bf16 TFLOP/s the GPU reaches [unmeasured: 100].")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 2048,
     context: Annotated[int, typer.Option(min=1, help="Positions in the KV cache.")] = 4096,
     json_file: Annotated[
@@ -285,12 +294,15 @@ def plan(
 ) -> None:
     """Predict seconds a pass on a machine, before any weights are there, and what would help most.
 
+    Figures given here count before measured ones (`mhaffn doctor --measure`), and those before typical ones.
+
     mhaffn plan meta-llama/Llama-3.1-70B-Instruct --gpu 16GiB --dram 64GiB --ssd 4.7GB --h2d 44GB
     """
     from mhaffn import planning
     from mhaffn.config import ModelConfig, parse_bytes
     from mhaffn.measured import Measured, analyse, outlook
     from mhaffn.plan import Workload
+    from mhaffn.profile import Profile
     from mhaffn.store import resolve
 
     if (model is None) == (measured is None):
@@ -301,16 +313,26 @@ def plan(
         shown = planning.analysis(figures, analyse(figures), found)
     else:
         config = ModelConfig.from_folder(resolve(str(model)))
-        speeds = {name: float(parse_bytes(speed)) for name, speed in (("ssd", ssd), ("h2d", h2d), ("hbm", hbm))}
+        speeds = {
+            name: float(parse_bytes(speed)) for name, speed in (("ssd", ssd), ("h2d", h2d), ("hbm", hbm)) if speed
+        }
         for name, speed in speeds.items():
             if speed < 1e6:
                 raise ConfigError(
                     f"got --{name} of {speed:.0f} bytes a second, expected a speed with its unit, as in 5GB"
                 )
-        hardware = planning.Hardware(**speeds, flops=tflops * 1e12)
+        given = planning.Hardware(
+            gpu=None if gpu is None else parse_bytes(gpu),
+            dram=None if dram is None else parse_bytes(dram),
+            flops=None if tflops is None else tflops * 1e12,
+            **speeds,
+        )
+        if profile is None and Profile.default_path().exists():
+            profile = Profile.default_path()
+        known = None if profile is None else Profile.read(profile)
         work = Workload(tokens=prompt_tokens, context=max(context, prompt_tokens))
-        machine = planning.machine_by_hand(config, hardware, parse_bytes(gpu) or None, parse_bytes(dram) or None, work)
-        found, shown = planning.plan_for(config, machine)
+        machine, source = planning.machine_for(config, given, known, work)
+        found, shown = planning.plan_for(config, machine, source)
     Console().print(shown)
     if json_file is not None:
         json_file.write_text(json.dumps(planning.to_dict(found), indent=1) + "\n", encoding="utf-8")
@@ -319,15 +341,32 @@ def plan(
 @app.command()
 def doctor(
     path: Annotated[
-        Path, typer.Argument(help="A folder on the disk the models lie on: its O_DIRECT and alignment are tried.")
+        Path, typer.Argument(help="The folder that models lie in, or will: what is tried or measured is its disk.")
     ] = Path(),
-    disk: Annotated[Path | None, typer.Option(help="Measure the disk under this folder for about ten seconds.")] = None,
+    disk: Annotated[bool, typer.Option("--disk", help="Measure reads by engine, block and depth: 10 seconds.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure what `mhaffn plan` needs, and keep it: SSD, link, compute.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="--measure: compute with the widths of this model; only its config.json is read.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="--measure: tokens of a prompt, may be repeated [2048; without a GPU 128]."),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(callback=_writable, help="--measure: the file to write, instead of the user's own.")
+    ] = None,
 ) -> None:
     """Say what mhaffn finds here – engine, O_DIRECT, memory limits, GPU, versions – and how to mend what is amiss.
 
-    Exits with 1 when something keeps mhaffn from working at all.
+    Exits with 1 when something keeps mhaffn from working at all. Examples:
+
+        mhaffn doctor ~/models --disk
+
+        mhaffn doctor ~/models/Llama-3.1-70B-Instruct --measure
     """
-    from mhaffn.doctor import disk_table, examine
+    from mhaffn.doctor import disk_table, examine, measure_machine
 
     table = Table(show_header=False, box=None, padding=(0, 1))
     findings = examine(path)
@@ -338,10 +377,12 @@ def doctor(
             table.add_row("", "", f"[dim]→ {_escape(finding.fix)}[/]")
     out = Console()
     out.print(table)
-    if disk is not None:
-        out.print(disk_table(disk))
     if any(finding.status == "fail" for finding in findings):
         raise typer.Exit(1)
+    if disk:
+        out.print(disk_table(path))
+    if measure:
+        out.print(measure_machine(path, model, tokens, profile, console))
 
 
 @app.command()

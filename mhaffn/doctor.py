@@ -8,21 +8,28 @@ import platform
 import resource
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from mhaffn.budget import free_dram
-from mhaffn.config import format_bytes
+from mhaffn.config import ModelConfig, format_bytes
 from mhaffn.errors import MhaffnError
+
+if TYPE_CHECKING:
+    from mhaffn.profile import Profile
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 OPTIONAL_PACKAGES = {"gguf": "pip install 'mhaffn[gguf]', to pack GGUF files"}
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MEMLOCK_BYTES = 64 << 20
+LLAMA_8B = ModelConfig("LlamaForCausalLM", 32, 4096, 14336, 32, 8, 128, 128256, 1e-5, 131072, False)
+LLAMA_1B = ModelConfig("LlamaForCausalLM", 16, 2048, 8192, 32, 8, 64, 128256, 1e-5, 131072, True)
 
 
 @dataclass(frozen=True)
@@ -155,4 +162,58 @@ def disk_table(folder: Path) -> Table:
     for row in rows:
         mark = "best" if row is best else ""
         table.add_row(row.engine, format_bytes(row.block_bytes), str(row.depth), f"{row.gib_per_s:.2f}", mark)
+    return table
+
+
+def measure_machine(
+    folder: Path, model: str | None, tokens: Sequence[int] | None, target: Path | None, console: Console
+) -> RenderableType:
+    """Measures the machine, keeps the profile in ``target`` or where plans look for it, and shows it.
+
+    Compute has the widths of ``model``, else of the model in ``folder``, else usual ones. Each step is told
+    to ``console`` before it is taken.
+    """
+    import torch
+
+    from mhaffn.probe import measure
+    from mhaffn.profile import Profile
+    from mhaffn.store import resolve
+
+    cuda = torch.cuda.is_available()
+    if model is not None:
+        config = ModelConfig.from_folder(resolve(model))
+    elif (folder / "config.json").exists():
+        config = ModelConfig.from_folder(folder)
+    else:
+        config = LLAMA_8B if cuda else LLAMA_1B
+    target = target or Profile.default_path()
+    started_s = time.perf_counter()
+    found = measure(
+        folder, config, tokens or [2048 if cuda else 128],
+        say=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+    )  # fmt: skip
+    found.write(target)
+    console.print(
+        f"measured in {time.perf_counter() - started_s:.0f} s; kept in {target}, where `mhaffn plan` finds it"
+        if target == Profile.default_path()
+        else f"kept in {target}: mhaffn plan MODEL --profile {target}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return _profile_table(found)
+
+
+def _profile_table(profile: Profile) -> Table:
+    table = Table(title=profile.describe(), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("", "tokens", "ms", "GB/s", "TFLOP/s"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table.add_row("SSD → host" if profile.direct else "page cache → host", "", "", f"{profile.ssd / 1e9:.2f}", "")
+    if profile.h2d is not None:
+        table.add_row("host → device", "", "", f"{profile.h2d / 1e9:.2f}", "")
+    for point in profile.compute:
+        nbytes, operations = 2 * point.widths.weights(point.kind), point.widths.operations(point.kind, point.tokens)
+        table.add_row(
+            f"{point.kind.upper()} D {point.widths.hidden_size} F {point.widths.intermediate_size}", str(point.tokens),
+            f"{point.seconds * 1e3:.2f}", f"{nbytes / point.seconds / 1e9:.1f}",
+            f"{operations / point.seconds / 1e12:.2f}",
+        )  # fmt: skip
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,24 +13,58 @@ from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer
 from mhaffn.forecast import PHASES, Forecast, Machine, changes
 from mhaffn.measured import Layer, Measured
 from mhaffn.plan import TIERS, Sizes, Workload
+from mhaffn.profile import Profile
 from mhaffn.simulate import Links
 from mhaffn.trace import Phase
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine given by hand: bytes a second of SSD, link and GPU memory; floating-point operations a second."""
+    """A machine given by hand: bytes of memory, bytes a second of SSD, link and GPU memory, operations a second.
 
-    ssd: float
-    h2d: float
-    hbm: float
-    flops: float
+    What is None was not given.
+    """
+
+    gpu: int | None = None
+    dram: int | None = None
+    ssd: float | None = None
+    h2d: float | None = None
+    hbm: float | None = None
+    flops: float | None = None
 
 
-def machine_by_hand(
-    config: ModelConfig, hardware: Hardware, gpu: int | None, dram: int | None, work: Workload
-) -> Machine:
+OPTIONS = {"flops": "tflops"}
+TYPICAL = Hardware(gpu=16 << 30, dram=32 << 30, ssd=5e9, h2d=25e9, hbm=900e9, flops=100e12)
+
+
+def machine_for(config: ModelConfig, given: Hardware, profile: Profile | None, work: Workload) -> tuple[Machine, str]:
+    """The machine to plan for, and whose figures it has: those given, else those measured, else typical ones.
+
+    Compute is measured or given as a whole. A profile without GPU tells of its SSD alone where a GPU is given.
+    """
+    names = [field.name for field in fields(Hardware) if getattr(given, field.name) is not None]
+    by_hand = f"; given: {', '.join(f'--{OPTIONS.get(name, name)}' for name in names)}" if names else ""
+    if profile is None:
+        return machine_by_hand(config, _or(given, TYPICAL), work), f"a typical machine{by_hand}"
+    if profile.h2d is None and set(names) - {"dram", "ssd"}:
+        partly = replace(TYPICAL, ssd=profile.ssd, dram=profile.dram_bytes)
+        return machine_by_hand(config, _or(given, partly), work), f"SSD and DRAM of {profile.describe()}{by_hand}"
+    machine = profile.machine(config, given.gpu, given.dram, work)
+    links = Links(given.ssd or machine.links.ssd, given.h2d or machine.links.h2d)
+    if given.hbm or given.flops:
+        machine = replace(machine, compute_s=machine_by_hand(config, _or(given, TYPICAL), work).compute_s)
+    return replace(machine, links=links), f"{profile.describe()}{by_hand}"
+
+
+def _or(given: Hardware, otherwise: Hardware) -> Hardware:
+    return Hardware(*(
+        getattr(otherwise if getattr(given, field.name) is None else given, field.name) for field in fields(Hardware)
+    ))  # fmt: skip
+
+
+def machine_by_hand(config: ModelConfig, hardware: Hardware, work: Workload) -> Machine:
     """Compute by the roofline: decode reads each weight once, prefill multiplies each once a token."""
+    assert hardware.ssd and hardware.hbm and hardware.flops  # complete, unlike what was given
     sizes = Sizes(config, "bfloat16")
     nbytes: dict[Kind, float] = {kind: sizes.weights(Sublayer(0, kind)) for kind in KINDS}
     compute: dict[Phase, Mapping[Kind, float]] = {
@@ -39,14 +73,21 @@ def machine_by_hand(
         },
         "decode": {kind: nbytes[kind] / hardware.hbm for kind in KINDS},
     }
-    return Machine(Links(hardware.ssd, hardware.h2d), compute, gpu, dram, work)
+    return Machine(Links(hardware.ssd, hardware.h2d), compute, hardware.gpu or None, hardware.dram or None, work)
 
 
-def plan_for(config: ModelConfig, machine: Machine) -> tuple[list[Forecast], RenderableType]:
-    """The machine as it is and each change alone, with the table for people."""
+def plan_for(config: ModelConfig, machine: Machine, source: str) -> tuple[list[Forecast], RenderableType]:
+    """The machine as it is and each change alone, with the table for people; ``source`` says whose figures."""
     found = changes(config, machine)
     base = found[0]
-    lines: list[RenderableType] = [Text(base.plan.describe()), _forecast_table(found, "one pass, predicted")]
+    speeds = f"SSD {machine.links.ssd / 1e9:.1f} GB/s"
+    if machine.links.h2d is not None:
+        speeds += f", host to GPU {machine.links.h2d / 1e9:.1f} GB/s"
+    lines: list[RenderableType] = [
+        Text(f"{source}: {speeds}"),
+        Text(base.plan.describe()),
+        _forecast_table(found, "one pass, predicted"),
+    ]
     for phase in PHASES:
         now = base.passes[phase]
         best = min((f for f in found[1:] if f.available), key=lambda other: other.passes[phase].seconds)
@@ -59,7 +100,7 @@ def plan_for(config: ModelConfig, machine: Machine) -> tuple[list[Forecast], Ren
 
 
 def _forecast_table(found: Sequence[Forecast], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("", "GPU/DRAM/SSD"):
         table.add_column(column, no_wrap=True)
     table.add_column("off GPU", justify="right", no_wrap=True)
@@ -69,13 +110,15 @@ def _forecast_table(found: Sequence[Forecast], title: str) -> Table:
     for item in found:
         tiers = "/".join(str(item.plan.count(tier)) for tier in TIERS)
         cells = [
-            item.name if item.available else f"{item.name} (planned)",
+            item.name if item.available else f"{item.name}*",
             tiers,
             f"{item.off_device_bytes / 2**30:.1f} GiB",
         ]
         for phase in PHASES:
             cells += [f"{item.passes[phase].seconds:.2f}", item.passes[phase].binding]
         table.add_row(*cells)
+    if not all(item.available for item in found):
+        table.caption, table.caption_justify = "* planned: mhaffn does not run narrow weights yet", "left"
     return table
 
 

@@ -49,6 +49,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
     """Runs the command in this process: exit code, standard output, standard error."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/no/such/folder")  # no profile of this machine
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["mhaffn", *map(str, arguments)])

@@ -1,0 +1,196 @@
+"""Measures what a machine's plans depend on: the SSD through the reader, the link to the GPU, compute by sublayer."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from mhaffn.budget import free_dram, free_gpu
+from mhaffn.config import KINDS, Kind, ModelConfig, format_bytes
+from mhaffn.errors import ReadError
+from mhaffn.image import Weights
+from mhaffn.machine import describe
+from mhaffn.modules import FFN, MHA, Context
+from mhaffn.profile import Compute, Profile, Widths
+from mhaffn.reader import Extent, PinnedArena, Reader
+
+FILE_BYTES = 1 << 30
+FILE_BYTES_LEAST = 64 << 20
+PIECE_BYTES = 16 << 20
+PIECES = 4
+ROUNDS = 5
+ROUND_S = 0.6
+COPY_BYTES = 256 << 20
+WARM_UPS = 2
+REPEATS = 7
+CACHES_BYTES = 256 << 20
+"""Weights measured in turn take at least this much, so that no cache holds them: streamed ones are cold too."""
+
+Say = Callable[[str], None]
+
+
+def measure(folder: Path, config: ModelConfig, tokens: Sequence[int], say: Say) -> Profile:
+    """Measures the SSD under ``folder``, the link, and sublayers of ``config``'s widths on 1 and so many ``tokens``.
+
+    The files of a model in ``folder`` are read themselves; elsewhere a temporary file is written first, and
+    removed whatever happens. ``say`` is told each step before it is taken.
+
+    Raises :class:`ReadError` where the disk cannot be measured.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    gpu_bytes, dram_bytes = free_gpu(device) if cuda else None, free_dram()
+    ssd, direct = _ssd_speed(folder, say)
+    if cuda:
+        say(f"copying {format_bytes(COPY_BYTES)} from pinned memory to the GPU")
+    else:
+        say("left out: copies to a GPU; torch finds none, and the CPU computes from host memory")
+    h2d = _h2d_speed(device) if cuda else None
+    compute = []
+    for kind, count in itertools.product(KINDS, sorted({1, *tokens})):
+        say(f"computing {kind.upper()} on {count} token{'s' if count > 1 else ''} on the {device.type.upper()}")
+        seconds = _compute_s(kind, config, count, max(tokens), device)
+        compute.append(Compute(kind, Widths.of(config), count, seconds))
+    return Profile(ssd, h2d, gpu_bytes, dram_bytes, direct, tuple(compute), describe())
+
+
+def _ssd_speed(folder: Path, say: Say) -> tuple[float, bool]:
+    """Bytes a second, the median of some rounds after a first one, and whether they came past the page cache."""
+    with _files(folder, say) as files, PinnedArena(PIECES * (PIECE_BYTES + (1 << 20)), cuda=False) as arena:
+        pieces = itertools.cycle(
+            Extent(str(file), start, min(PIECE_BYTES, file.stat().st_size - start))
+            for file in files
+            for start in range(0, file.stat().st_size, PIECE_BYTES)
+        )
+        with Reader(arena=arena) as reader, arena.lease(arena.nbytes) as slot:
+            places = itertools.cycle(range(0, arena.nbytes - PIECE_BYTES - (1 << 20) + 1, PIECE_BYTES + (1 << 20)))
+            flight = [reader.submit([next(pieces)], slot, next(places)) for _ in range(PIECES - 1)]
+            speeds = []
+            for _ in range(1 + ROUNDS):
+                started_s, nbytes = time.perf_counter(), 0
+                while time.perf_counter() - started_s < ROUND_S:
+                    flight.append(reader.submit([next(pieces)], slot, next(places)))
+                    done = flight.pop(0)
+                    done.wait()
+                    nbytes += done.nbytes
+                speeds.append(nbytes / (time.perf_counter() - started_s))
+            for request in flight:
+                request.wait()
+            info = reader.info()
+    if info.direct != "on":
+        say("the disk was not read past the page cache (O_DIRECT does not work there): its speed is that of memory")
+    return statistics.median(speeds[1:]), info.direct == "on"
+
+
+@contextmanager
+def _files(folder: Path, say: Say) -> Iterator[list[Path]]:
+    if not folder.is_dir():
+        raise ReadError(f"{folder} is no folder; give the one that models lie in", path=str(folder))
+    found = [path for path in sorted(folder.glob("*.safetensors")) if path.stat().st_size >= PIECE_BYTES]
+    total = sum(path.stat().st_size for path in found)
+    if total >= min(FILE_BYTES, 4 * FILE_BYTES_LEAST):
+        say(f"reading {len(found)} files of {folder}, {format_bytes(total)}")
+        yield found
+        return
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    size = min(FILE_BYTES, free // 2) // PIECE_BYTES * PIECE_BYTES
+    if size < FILE_BYTES_LEAST:
+        raise ReadError(
+            f"{folder}: {format_bytes(free)} are free there, expected at least {format_bytes(2 * FILE_BYTES_LEAST)} "
+            f"for a trial file; free some, or give a folder that holds a model",
+            path=str(folder),
+        )
+    try:
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".mhaffn-measure-")  # noqa: SIM115 – closed below
+    except OSError as error:
+        raise ReadError(
+            f"{folder} cannot be written ({error.strerror}); give a folder that can, or one that holds a model",
+            op="open", path=str(folder), errno=error.errno or 0,
+        ) from error  # fmt: skip
+    with file:
+        say(f"writing {format_bytes(size)} to {file.name}, to be read and removed again")
+        block = os.urandom(PIECE_BYTES)
+        for _ in range(size // PIECE_BYTES):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        say("reading it")
+        yield [Path(file.name)]
+
+
+def _h2d_speed(device: torch.device) -> float:
+    """Bytes a second from pinned memory to the device, the median of some copies."""
+    with PinnedArena(COPY_BYTES) as arena, arena.lease(COPY_BYTES) as slot:
+        return COPY_BYTES / _median_s(_copy(torch.frombuffer(slot, dtype=torch.uint8), device), device)
+
+
+def _copy(source: torch.Tensor, device: torch.device) -> Callable[[], object]:
+    target = torch.empty_like(source, device=device)
+    return lambda: target.copy_(source, non_blocking=True)
+
+
+def _compute_s(kind: Kind, config: ModelConfig, tokens: int, context: int, device: torch.device) -> float:
+    """Median seconds of one sublayer in bfloat16; one token looks at ``context`` positions."""
+    nbytes = 2 * Widths.of(config).weights(kind)
+    shapes = config.sublayer_shapes(kind)
+    turns = itertools.cycle(
+        Weights(**{name: torch.rand(shape, device=device, dtype=torch.bfloat16) / 64 for name, shape in shapes.items()})
+        for _ in range(max(1, min(16, CACHES_BYTES // nbytes)))
+    )
+
+    @contextmanager
+    def weights() -> Iterator[Weights]:
+        yield next(turns)
+
+    with torch.inference_mode():
+        x = torch.rand(1, tokens, config.hidden_size, device=device, dtype=torch.bfloat16)
+        if kind == "ffn":
+            ffn = FFN(config, weights)
+            return _median_s(lambda: ffn(x), device)
+        mha = MHA(config, 0, weights)
+        angles = torch.rand(1, tokens, config.head_dim // 2, device=device)
+        cache = _Filled(config, context, device) if tokens == 1 else None
+        return _median_s(lambda: mha(x, Context(angles.cos(), angles.sin(), cache=cache)), device)
+
+
+class _Filled:
+    """A KV cache that is full already: what is written to it replaces its last position."""
+
+    def __init__(self, config: ModelConfig, positions: int, device: torch.device) -> None:
+        shape = (1, config.num_kv_heads, positions, config.head_dim)
+        self.keys, self.values = (torch.rand(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys[:, :, -key_states.shape[2] :] = key_states
+        self.values[:, :, -value_states.shape[2] :] = value_states
+        return self.keys, self.values
+
+
+def _median_s(work: Callable[[], object], device: torch.device) -> float:
+    for _ in range(WARM_UPS):
+        work()
+    if device.type == "cpu":
+        return statistics.median(_timed(work) for _ in range(REPEATS))
+    # One after the other, so that launches hide behind the work before, as they do in a pass.
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 2)]
+    for event in events:
+        event.record()
+        work()
+    torch.cuda.synchronize(device)
+    return statistics.median(float(a.elapsed_time(b)) / 1e3 for a, b in itertools.pairwise(events[1:]))
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started_s = time.perf_counter()
+    work()
+    return time.perf_counter() - started_s
