@@ -2,8 +2,8 @@
 
 Bytes are scaled down, and speeds with them, so that seconds remain: a pass of 20 layers takes on a CPU what
 it takes on the machine that tests/data/seed.json was measured on. The real reader reads real files beneath,
-from the page cache, and what arrives is checked. All waiting is sleep. A busy machine only ever makes a pass
-slower, so what is too slow is tried again before it counts.
+from the page cache, and what arrives is checked. All waiting is sleep. A busy machine makes a pass slower, and
+the next one, whose weights have meanwhile come, faster: what is not as it should be is tried again.
 """
 
 from __future__ import annotations
@@ -176,6 +176,11 @@ class Executed:
         """Mean seconds of the passes after the first."""
         return (self.ends_s[-1] - self.ends_s[0]) / (len(self.ends_s) - 1)
 
+    @property
+    def layer_ms(self) -> tuple[float, float]:
+        """Milliseconds a layer: of the first pass, and of those after it."""
+        return self.ends_s[0] / LAYERS * 1e3, self.steady_s / LAYERS * 1e3
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -247,13 +252,13 @@ def test_a_pass_reaches_the_bound_of_the_measured_machine(phase: Phase, machine:
     """The sum of each sublayer's greater time is 294.96 ms a layer in prefill and 213.51 in decode."""
     plan, speeds = machine.plan(), machine.speeds(phase)
     assert plan.count("ssd") == 2 * LAYERS and plan.staging_bytes < 5 * max(machine.image_bytes)
-    target_s = TARGET_MS * LAYERS / 1e3
     done = tried(
         lambda: machine.execute(plan, speeds, phase, passes=2),
-        lambda done: max(done.ends_s[0], done.steady_s) <= target_s,
+        lambda done: max(done.layer_ms) <= TARGET_MS and min(done.layer_ms) >= 0.99 * BOUND_MS,
     )
-    assert done.ends_s[0] <= target_s, "the first pass, from the first read on"
-    assert 0.99 * BOUND_MS <= done.steady_s / LAYERS * 1e3 <= TARGET_MS
+    first_ms, steady_ms = done.layer_ms
+    assert first_ms <= TARGET_MS, "from the first read on"
+    assert 0.99 * BOUND_MS <= steady_ms <= TARGET_MS
     predicted = machine.simulate(plan, speeds)
     assert predicted.bound_s / LAYERS * 1e3 == pytest.approx(BOUND_MS, abs=0.01)
     assert done.steady_s == pytest.approx(predicted.seconds, rel=NEAR)
@@ -269,7 +274,7 @@ MIXES: dict[str, tuple[Phase, float, dict[Sublayer, Tier]]] = {
     "half in DRAM": ("decode", 4, tiers_by(lambda i, s: "dram" if s.layer % 2 else "ssd")),
     "thirds": ("prefill", 3, tiers_by(lambda i, s: ("gpu", "dram", "ssd")[i % 3])),
     "MHA on the GPU": ("decode", 4, tiers_by(lambda i, s: "gpu" if s.kind == "mha" else "ssd")),
-    "one half, then the other": ("prefill", 3, tiers_by(lambda i, s: "ssd" if s.layer < LAYERS // 2 else "gpu")),
+    "one half, then the other": ("prefill", 4, tiers_by(lambda i, s: "ssd" if s.layer < LAYERS // 2 else "gpu")),
 }
 
 
@@ -311,9 +316,9 @@ def test_without_prefetch_the_bound_is_out_of_reach(phase: Phase, machine: Machi
 
 # Tier, times as fast as the seed, copies as fast beside that, the link that compute waits for.
 WAITS: dict[str, tuple[Tier, float, float, str]] = {
-    "slow SSD": ("ssd", 4, 1, "SSD → host"),
+    "slow SSD": ("ssd", 6, 1, "SSD → host"),
     "slow copies from DRAM": ("dram", 1, 1, "host → device"),
-    "copies slower than the SSD": ("ssd", 8, 1 / 20, "host → device"),
+    "copies slower than the SSD": ("ssd", 12, 1 / 20, "host → device"),
 }
 
 
