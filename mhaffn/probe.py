@@ -158,7 +158,8 @@ def _compute_s(kind: Kind, config: ModelConfig, tokens: int, context: int, devic
         mha = MHA(config, 0, weights)
         angles = torch.rand(1, tokens, config.head_dim // 2, device=device)
         cache = _Filled(config, context, device) if tokens == 1 else None
-        return _median_s(lambda: mha(x, Context(angles.cos(), angles.sin(), cache=cache)), device)
+        seen = Context(angles.cos(), angles.sin(), length=context if cache else tokens, cache=cache)
+        return _median_s(lambda: mha(x, seen), device)
 
 
 class _Filled:
