@@ -19,12 +19,17 @@ from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from mhaffn.errors import ConfigError, StoreError
+from mhaffn.forecast import PHASES
 from mhaffn.hf import StreamedLlama, load
+from mhaffn.plan import Workload
+from mhaffn.profile import Profile
 from mhaffn.reader import ReaderInfo
 from mhaffn.report import Report, engine_line, make_report, render
 from mhaffn.runner import Runner
+from mhaffn.simulate import Prediction, Work, predict
 from mhaffn.store import Store, resolve
 from mhaffn.timeline import draw
+from mhaffn.trace import Phase
 
 GREEDY: dict[str, Any] = {"num_beams": 1, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
@@ -77,7 +82,8 @@ def generate(
         new: list[int] = []
         finished = stream_text(loaded, tokenizer, ids, new_tokens, temperature=temperature, seed=seed, collect=new)
         runner = loaded.runner
-        reports = [make_report(runner.trace, phase) for phase in ("prefill", "decode")]
+        predicted = predictions(runner, Workload(tokens=ids.shape[1], context=context))
+        reports = [make_report(runner.trace, phase, predicted=predicted.get(phase)) for phase in PHASES]
         info = runner.reader_info()
         console.print(render(reports, info) if table else summary(reports, info), highlight=False, soft_wrap=not table)
         if not finished:
@@ -92,6 +98,23 @@ def generate(
             draw(runner.trace, timeline)
             console.print(f"timeline drawn in {timeline}", highlight=False)
     return finished
+
+
+def predictions(runner: Runner, work: Workload) -> dict[Phase, Prediction]:
+    """Passes as the plan's simulation has them, where `mhaffn doctor --measure` has left a profile of this device."""
+    path = Profile.default_path()
+    if not path.exists():
+        return {}
+    machine = Profile.read(path).machine(runner.config, None, None, work)
+    if (machine.links.h2d is not None) != runner.copies:  # measured on another device
+        return {}
+    nbytes = {sublayer: records.nbytes for sublayer, records in runner.store.sublayers.items()}
+    return {
+        phase: predict(
+            runner.plan, {s: Work(n, machine.compute_s[phase][s.kind]) for s, n in nbytes.items()}, machine.links
+        )
+        for phase in PHASES
+    }
 
 
 def summary(reports: Iterable[Report | None], info: ReaderInfo) -> str:
