@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_model import SHAPES, write_random_model
 from transformers import AutoConfig
 
 from mhaffn.config import KINDS, Kind, Sublayer, order, parse_bytes
@@ -37,6 +36,7 @@ from mhaffn.hf import StreamedLlama
 from mhaffn.image import Image
 from mhaffn.machine import describe
 from mhaffn.plan import Plan, Tier, Workload, make_plan
+from mhaffn.random_model import SHAPES, write_random_model
 from mhaffn.reader import PinnedArena, Reader, Request
 from mhaffn.runner import Runner
 from mhaffn.simulate import Links, Work, predict
@@ -93,7 +93,7 @@ def main() -> None:
     try:
         store = Store.open(options.folder)
         if options.whole:
-            keep(whole(store, SHAPES[options.shape]["num_hidden_layers"], options))
+            keep(whole(store, SHAPES[options.shape].num_layers, options))
         for layers in [] if options.whole else options.layers:
             for row in measured(repeated(store, layers), options.prompts, options.passes):
                 keep(row)

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_model import SHAPES, write_random_shards
 from stream_passes import h2d_speed, ssd_speed
 
 from mhaffn.config import order
 from mhaffn.machine import describe
+from mhaffn.random_model import SHAPES, write_random_shards
 from mhaffn.store import Store
 
 PASSES = 3

@@ -26,7 +26,7 @@ LAYERS = [
     ("ring", "placement"),
     ("simulate",),
     ("reader", "store", "plan", "trace"),
-    ("image", "device", "forecast"),
+    ("image", "device", "forecast", "random_model"),
     ("memory", "verify", "profile"),
     ("stream",),
     ("kernels",),

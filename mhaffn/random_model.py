@@ -1,0 +1,166 @@
+"""Random checkpoints of real widths, written fast: for measuring without real weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import xxhash
+
+from mhaffn.config import ModelConfig
+from mhaffn.store.safetensors import write_header
+from mhaffn.store.source import tensors_by_file
+
+POOL_ELEMENTS = 1 << 24
+VOCABULARY_MAX = 32000
+"""Embedding and head are resident and are not what is measured: a random model writes no more rows of them."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _config(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int) -> ModelConfig:
+    return ModelConfig(
+        architecture="LlamaForCausalLM", num_layers=layers, hidden_size=hidden, intermediate_size=intermediate,
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=hidden // heads, vocab_size=vocabulary, norm_eps=1e-5,
+        max_position_embeddings=131072, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+SHAPES: dict[str, ModelConfig] = {
+    "llama3-70b": _config(80, 8192, 28672, 64, 8, 128256),
+    "llama3-8b": _config(32, 4096, 14336, 32, 8, 128256),
+    "seed": _config(80, 8192, 12288, 64, 8, 128256),  # widths that a first measurement of this kind was taken with
+    "tiny": _config(4, 256, 1024, 4, 2, 1000),
+}
+
+
+def write_random_model(
+    folder: Path,
+    shape: str | ModelConfig,
+    layers: int | None = None,
+    *,
+    vocabulary: int = VOCABULARY_MAX,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> int:
+    """Writes a packed store of random bfloat16 weights into ``folder``; returns the bytes of its layers.
+
+    ``shape`` is a name in :data:`SHAPES` or a config. Layers repeat the values of the first one, in files of
+    their own. ``progress`` gets the bytes of each piece written. Needs about 100 MiB of memory.
+    """
+    config = _write_config(folder, shape, layers, vocabulary)
+    values = _Values(config.hidden_size)
+    digests: dict[str, str] = {}
+    checksums: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    total = 0
+    for name, key, shapes in tensors_by_file(config):
+        kind = key.rpartition(".")[2]
+        if kind not in digests:
+            digests[kind] = values.digest(shapes)
+        _write_file(folder / name, [shapes], values, {"format": "pt", "xxh3_64": digests[kind]}, progress)
+        checksums[key] = digests[kind]
+        if "." in key:
+            total += _nbytes(shapes)
+        weight_map |= dict.fromkeys(shapes, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    manifest = {"version": 1, "dtype": "bfloat16", "source": "random", "checksums": checksums}
+    (folder / "mhaffn.json").write_text(json.dumps(manifest))
+    return total
+
+
+def write_random_shards(folder: Path, shape: str, layers: int) -> int:
+    """The same as a plain Hugging Face folder, a shard a layer, with a tokenizer of words: what other tools read."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    config = _write_config(folder, shape, layers, VOCABULARY_MAX)
+    values = _Values(config.hidden_size)
+    shards: dict[int, list[Shapes]] = {}
+    for _, key, shapes in tensors_by_file(config):
+        shards.setdefault(int(key.partition(".")[0]) + 2 if "." in key else 1, []).append(shapes)
+    weight_map: dict[str, str] = {}
+    for shard, parts in shards.items():
+        name = f"model-{shard:05d}-of-{layers + 1:05d}.safetensors"
+        _write_file(folder / name, parts, values, {"format": "pt"}, lambda nbytes: None)
+        weight_map |= {tensor: name for shapes in parts for tensor in shapes}
+    total = sum(_nbytes(shapes) for shard, parts in shards.items() if shard > 1 for shapes in parts)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", pad_token="w2").save_pretrained(
+        folder
+    )
+    return total
+
+
+def _write_config(folder: Path, shape: str | ModelConfig, layers: int | None, vocabulary: int) -> ModelConfig:
+    config = SHAPES[shape] if isinstance(shape, str) else shape
+    config = replace(config, num_layers=layers or config.num_layers, vocab_size=min(config.vocab_size, vocabulary))
+    values = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps, "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings, "dtype": "bfloat16",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "bos_token_id": 1, "eos_token_id": None,
+        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "num_hidden_layers": config.num_layers, "vocab_size": config.vocab_size,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    return ModelConfig.from_folder(folder)
+
+
+def _write_file(
+    path: Path, parts: Sequence[Shapes], values: _Values, about: dict[str, str], progress: Callable[[int], None]
+) -> None:
+    entries = {
+        tensor: ("BF16", size, math.prod(size) * 2) for shapes in parts for tensor, size in shapes.items()
+    }  # fmt: skip
+    with path.open("wb") as file:
+        file.write(write_header(entries, about, 4096))
+        for shapes in parts:
+            for piece in values.pieces(shapes):
+                file.write(piece)
+                progress(len(piece))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _nbytes(shapes: Shapes) -> int:
+    return sum(math.prod(size) * 2 for size in shapes.values())
+
+
+class _Values:
+    """Random values, by tensor: one pool read round and round, from a place that the tensor's name decides."""
+
+    def __init__(self, hidden_size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        pool = torch.randn(POOL_ELEMENTS, generator=generator).mul_(hidden_size**-0.5).bfloat16()
+        self._pool = memoryview(pool.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+    def digest(self, shapes: Shapes) -> str:
+        """XXH3-64 of all pieces."""
+        digest = xxhash.xxh3_64()
+        for piece in self.pieces(shapes):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def pieces(self, shapes: Shapes) -> Iterator[memoryview]:
+        """The tensors' bytes one after another; norms are ones."""
+        for tensor, size in shapes.items():
+            left = math.prod(size) * 2
+            if len(size) == 1:
+                yield memoryview(torch.ones(size, dtype=torch.bfloat16).view(torch.uint8).numpy())  # type: ignore[arg-type]
+                continue
+            start = zlib.crc32(tensor.rpartition("layers.")[2].partition(".")[2].encode()) % 4096 * 2
+            while left:
+                piece = self._pool[start : start + left]
+                yield piece
+                left -= len(piece)
+                start = 0
