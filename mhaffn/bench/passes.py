@@ -1,0 +1,180 @@
+"""The executed pipeline: passes over a random model with all weights on SSD, split by sublayer and by whole layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import xxhash
+
+from mhaffn.bench.compute import FilledCache, context_of, hidden_states
+from mhaffn.bench.rounds import Measurement
+from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, order
+from mhaffn.forecast import PHASES
+from mhaffn.modules import FFN, MHA, Block, Context, Provider
+from mhaffn.plan import Plan, Sizes, Tier, Workload, make_plan
+from mhaffn.runner import Runner
+from mhaffn.store import Record, Store, SublayerRecords
+from mhaffn.trace import Phase
+
+HASH_BYTES = 16 << 20
+QUIET_S = {"small": 0.005, "large": 0.03}
+"""No read has ended for so long: none is under way. By sublayers of up to 16 MiB, and larger ones."""
+SMALL_BYTES = 16 << 20
+
+
+def split_plan(config: ModelConfig, tokens: int, copies: bool, prefetch: int) -> Plan:
+    """Every sublayer on SSD."""
+    tiers: dict[Sublayer, Tier] = dict.fromkeys(order(config.num_layers), "ssd")
+    work = Workload(tokens=tokens, context=tokens)
+    return make_plan(config, "bfloat16", copies=copies, work=work, tiers=tiers, prefetch=prefetch)
+
+
+def whole_store(store: Store) -> Store:
+    """The store with each layer's records as one sublayer: names of the two norms are kept apart by kind."""
+    layers = {}
+    checksum: str | None = None
+    for layer in range(store.config.num_layers):
+        records: list[Record] = []
+        for kind in KINDS:
+            own = store.sublayers[Sublayer(layer, kind)].records
+            records += [replace(record, name=f"{kind}_{record.name}") for record in own]
+        if checksum is None:
+            checksum = _checksum(records)  # a random model's layers hold the same values
+        layers[Sublayer(layer, "mha")] = SublayerRecords(Sublayer(layer, "mha"), tuple(records), checksum)
+    return replace(store, sublayers=layers)
+
+
+def _checksum(records: Sequence[Record]) -> str:
+    """XXH3-64 of the records' bytes, as a pack writes it."""
+    digest = xxhash.xxh3_64()
+    for record in records:
+        tensor = record.values
+        with Path(tensor.path).open("rb") as file:
+            for start in range(0, tensor.nbytes, HASH_BYTES):
+                file.seek(tensor.offset + start)
+                digest.update(file.read(min(HASH_BYTES, tensor.nbytes - start)))
+    return digest.hexdigest()
+
+
+def whole_plan(config: ModelConfig, split: Plan) -> Plan:
+    """A layer in use and one on its way: the least that lets a transfer go on during compute."""
+    sizes = Sizes(config, "bfloat16")
+    room = 2 * sum(sizes.image(Sublayer(0, kind)) for kind in KINDS)
+    tiers: dict[Sublayer, Tier] = {Sublayer(i, "mha"): "ssd" for i in range(config.num_layers)}
+    return replace(split, tiers=tiers, prefetch=1, staging_bytes=room, slot_bytes=room if split.copies else 0)
+
+
+@dataclass
+class Executed:
+    """An open runner and what its passes work on."""
+
+    runner: Runner
+    tokens: int
+    cache: FilledCache
+    inputs: Mapping[Phase, tuple[torch.Tensor, Context]]
+
+    @staticmethod
+    def open(store: Store, plan: Plan, tokens: int, device: torch.device, *, whole: bool = False) -> Executed:
+        """Raises what :class:`~mhaffn.runner.Runner` raises."""
+        runner = Runner(whole_store(store) if whole else store, plan, device=device)
+        if whole:
+            for layer, block in enumerate(runner.blocks):
+                runner.blocks[layer] = _Whole(store.config, layer, block.mha.weights)
+        cache = FilledCache(store.config, store.config.num_layers, tokens, device)
+        inputs = {
+            phase: (
+                hidden_states(store.config, phase, tokens, device),
+                context_of(store.config, phase, tokens, cache),
+            )
+            for phase in PHASES
+        }
+        return Executed(runner, tokens, cache, inputs)
+
+    def measurements(self, granularity: str) -> list[Measurement]:
+        """Milliseconds a layer of steady passes, by phase; one sample is several passes in a row."""
+        return [
+            Measurement(f"pass.{phase}.{granularity}", lambda n, phase=phase: [self._layer_ms(phase, n)], shares=2.5)  # type: ignore[misc]
+            for phase in PHASES
+        ]
+
+    def _layer_ms(self, phase: Phase, passes: int) -> float:
+        x, context = self.inputs[phase]
+        self.runner.forward(x, context)  # uses up what was prefetched while other things were measured
+        self._settle()
+        started = time.perf_counter()
+        for _ in range(passes):
+            self.runner.forward(x, context)
+        self._settle()
+        taken = time.perf_counter() - started
+        self._wait_for_prefetch()
+        return taken * 1e3 / passes / self.runner.config.num_layers
+
+    def _settle(self) -> None:
+        if self.runner.copies:
+            torch.cuda.synchronize(self.runner.device)
+
+    def _wait_for_prefetch(self) -> None:
+        """Until the stream has filled its memory for the next pass: then it disturbs no other measurement."""
+        largest = max(records.nbytes for records in self.runner.store.sublayers.values())
+        quiet_s = QUIET_S["small" if largest <= SMALL_BYTES else "large"]
+        before = -1
+        while before != (before := self.runner.reader_info().bytes_read):
+            time.sleep(quiet_s)
+        self._settle()
+
+    def timelines(self) -> dict[Phase, dict[str, Any]]:
+        """What each link did in the last pass of each phase, milliseconds from the start of its compute."""
+        if self.runner.copies:
+            self.runner.sweep()  # spans on a GPU are reported once the device is past them
+        return {phase: found for phase in PHASES if (found := self._timeline(phase)) is not None}
+
+    def _timeline(self, phase: Phase) -> dict[str, Any] | None:
+        passes, _ = self.runner.trace.kept(phase)
+        if not passes:
+            return None
+        spans = list(self.runner.trace.spans)
+        compute = [s for s in spans if s.number == passes[-1].number and s.lane in KINDS]
+        if not compute:
+            return None
+        start_s, end_s = min(s.start_s for s in compute), max(s.end_s for s in compute)
+        inside = [s for s in spans if s.end_s > start_s and s.start_s < end_s]
+        return {
+            "window_ms": (end_s - start_s) * 1e3,
+            "spans": [
+                [
+                    s.lane, s.sublayer.key, (max(s.start_s, start_s) - start_s) * 1e3,
+                    (min(s.end_s, end_s) - start_s) * 1e3,
+                ]
+                for s in inside
+            ],
+        }  # fmt: skip
+
+    def close(self) -> None:
+        self.runner.close()
+
+
+class _Whole(Block):
+    """A decoder layer whose weights arrive as one."""
+
+    def __init__(self, config: ModelConfig, layer: int, weights: Provider) -> None:
+        self._parts: dict[Kind, SimpleNamespace] = {}
+        mha = MHA(config, layer, lambda: nullcontext(self._parts["mha"]))
+        ffn = FFN(config, lambda: nullcontext(self._parts["ffn"]))
+        super().__init__(mha, ffn)
+        self._weights = weights
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        with self._weights() as w:
+            for kind in KINDS:
+                own = {name.partition("_")[2]: value for name, value in vars(w).items() if name.startswith(kind)}
+                self._parts[kind] = SimpleNamespace(**own)
+            result = super().forward(x, context)
+            self._parts.clear()
+        return result

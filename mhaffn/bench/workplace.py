@@ -1,0 +1,102 @@
+"""Room on a disk for a while: said and checked before, cleared in every way a run can end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mhaffn.config import format_bytes
+from mhaffn.errors import ConfigError, StoreError
+
+PREFIX = ".mhaffn-bench-"
+HEADROOM_BYTES = 256 << 20
+
+
+def left_behind(folder: Path) -> list[Path]:
+    """Folders of runs that were killed outright."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def check_room(folder: Path, nbytes: int) -> int:
+    """Free bytes in ``folder``; raises :class:`StoreError` where ``nbytes`` and some headroom do not fit."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; give one on the disk to measure with --folder")
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if nbytes + HEADROOM_BYTES > free:
+        raise StoreError(
+            f"{folder}: got {format_bytes(free)} of free space, need {format_bytes(nbytes + HEADROOM_BYTES)} for "
+            f"random weights. Give a folder on another disk with --folder, or a smaller --shape."
+        )
+    return free
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A new folder in ``folder``, removed at the end: after errors, Ctrl-C, and signals that ask to stop."""
+    with _stoppable():
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+        try:
+            yield path
+        finally:
+            with _undisturbed():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the program by way of its ``finally`` blocks."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    with _handlers({signal.SIGTERM: stop, signal.SIGHUP: stop}):
+        yield
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C does not leave gigabytes behind."""
+    with _handlers(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN)):
+        yield
+
+
+@contextmanager
+def _handlers(wanted: dict[signal.Signals, Any]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            with suppress(TypeError):  # a handler that was not set from Python
+                signal.signal(number, handler)
+
+
+def describe_disk(folder: Path) -> dict[str, str]:
+    """The file system and device under ``folder``, as /proc and /sys tell them."""
+    best = ("", "", "")
+    resolved = str(folder.resolve())
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+        device, mount, kind, *_ = line.split()
+        mount = mount.replace("\\040", " ")
+        inside = resolved == mount or resolved.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best[1]):
+            best = (device, mount, kind)
+    number = folder.stat().st_dev
+    model = ""
+    place = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    for inner in ("device/model", "../device/model", "loop/backing_file"):
+        with suppress(OSError):
+            model = model or (place / inner).read_text(encoding="utf-8").strip()
+    return {"device": best[0], "file_system": best[2], "model": model}
