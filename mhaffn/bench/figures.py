@@ -1,0 +1,261 @@
+"""The document's figures as PNG files: for screens and print, for every eye.
+
+Colours are Okabe and Ito's, told apart by people who see colours differently; MHA and FFN differ in hatching too, so
+that they do in grey. matplotlib is imported when a figure is drawn, and may be missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mhaffn.bench import numbers as n
+from mhaffn.bench.read import Report
+from mhaffn.bench.words import Language, Words
+from mhaffn.config import KINDS
+from mhaffn.forecast import PHASES
+from mhaffn.trace import Phase
+
+COLOURS = {"mha": "#0072B2", "ffn": "#E69F00"}
+HATCHES = {"mha": "", "ffn": "////"}
+LINK_COLOURS = {"compute": "#009E73", "h2d": "#CC79A7", "ssd": "#56B4E9"}
+GREY = "#444444"
+CHINESE_FONTS = (
+    "Noto Sans CJK SC", "Source Han Sans SC", "Noto Serif CJK SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+    "SimHei", "Microsoft YaHei", "PingFang SC", "Droid Sans Fallback", "AR PL UMing CN",
+)  # fmt: skip
+DPI = 160
+THINNEST = 0.002
+"""The least part of a timeline's width that shows."""
+LANES = {"ssd": ("ssd",), "h2d": ("h2d",), "compute": ("mha", "ffn")}
+
+
+class NoMatplotlibError(ImportError):
+    """matplotlib is not installed: ``pip install 'mhaffn[report]'``."""
+
+
+def draw(raw: Mapping[str, Any], folder: Path, language: Language) -> tuple[list[str], list[str]]:
+    """Writes the figures into ``folder``; their names, and keys of what there is to say about them.
+
+    Raises :class:`NoMatplotlibError`.
+    """
+    try:
+        import matplotlib
+        from matplotlib import font_manager
+    except ImportError as error:
+        raise NoMatplotlibError(str(error)) from error
+    remarks = []
+    family = ["DejaVu Sans"]
+    if language == "zh":
+        known = {font.name for font in font_manager.fontManager.ttflist}
+        chinese = [name for name in CHINESE_FONTS if name in known]
+        if chinese:
+            family = [chinese[0], *family]
+        else:
+            language, remarks = "en", ["no_chinese_font"]
+    report, words = Report(raw), Words(language)
+    style: Any = {"font.family": family, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+             "hatch.linewidth": 0.6, "axes.titlesize": 10, "axes.titleweight": "bold"}  # fmt: skip
+    drawn: dict[str, Callable[[Report, Words], Any]] = {
+        "shares": _shares, "roofline": _roofline, "io": _io, "timelines": _timelines
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        for name, picture in drawn.items():
+            figure = picture(report, words)
+            figure.suptitle(f"{words('f.' + name)} — {_where(report)}", fontsize=11)
+            figure.savefig(folder / f"{name}.png", dpi=DPI)
+    return list(drawn), remarks
+
+
+def _where(report: Report) -> str:
+    gpu = report.machine["gpu"]
+    chip = report.machine["cpu"] if gpu is None or report.settings["device"] == "cpu" else gpu["name"]
+    return f"{report.settings['shape']}, {chip}"
+
+
+def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _phase(words: Words, report: Report, phase: Phase) -> str:
+    return words(phase, tokens=report.settings["tokens"])
+
+
+def _shares(report: Report, words: Words) -> Any:
+    """Stacked bars: who computes, and who takes the serial time."""
+    figure, axes = _new(9, 3.6, 2)
+    for phase, y in zip(PHASES, (1, 0), strict=True):
+        left = 0.0
+        for kind in KINDS:
+            share = report.derived(f"{phase}.share.{kind}").value
+            _part(axes[0][0], y, left, share, kind.upper(), COLOURS[kind], HATCHES[kind])
+            left += share
+        left = 0.0
+        for link in LINK_COLOURS:
+            for kind in KINDS:
+                share = report.derived(f"{phase}.serial_share.{link}.{kind}").value
+                label = f"{kind.upper()} {words('link.' + link)}"
+                _part(axes[1][0], y, left, share, label, LINK_COLOURS[link], HATCHES[kind])
+                left += share
+    for axis, title in ((axes[0][0], "f.compute_share"), (axes[1][0], "f.serial_share")):
+        axis.set_title(words(title), loc="left")
+        axis.set_yticks((1, 0), [_phase(words, report, phase) for phase in PHASES])
+        axis.set_xlim(0, 1)
+        axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+    links = {words(f"link.{link}"): LINK_COLOURS[link] for link in reversed(_lanes(report))}
+    kinds = [HATCHES[kind] for kind in KINDS]
+    _legend(axes[0][0], {kind.upper(): COLOURS[kind] for kind in KINDS}, kinds)
+    _legend(axes[1][0], links | {kind.upper(): "#cccccc" for kind in KINDS}, [""] * len(links) + kinds)
+    return figure
+
+
+def _legend(axis: Any, colours: Mapping[str, str], hatches: Sequence[str]) -> None:
+    """Above the axis, to the right: a patch for each name."""
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=name)
+        for (name, colour), hatch in zip(colours.items(), hatches, strict=True)
+    ]
+    axis.legend(
+        handles=handles, frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles),
+        borderaxespad=0.2,
+    )  # fmt: skip
+
+
+def _part(axis: Any, y: float, left: float, share: float, label: str, colour: str, hatch: str) -> None:
+    if share <= 0:
+        return
+    axis.barh(y, share, left=left, color=colour, hatch=hatch, edgecolor="white", height=0.72)
+    if share > 0.07:
+        text = f"{label}\n{share:.1%}" if share > 0.11 else f"{share:.0%}"
+        axis.text(
+            left + share / 2, y, text, ha="center", va="center", fontsize=7,
+            bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.2},
+        )  # fmt: skip
+
+
+def _io(report: Report, words: Words) -> Any:
+    """Bars on a logarithmic scale: each sublayer's compute by phase, and its two transfers."""
+    figure, axes = _new(8, 3.8)
+    axis = axes[0][0]
+    columns = [(f"compute.{phase}", "compute", f"{words('link.compute')}\n{phase}") for phase in PHASES]
+    columns += [(link, link, words(f"link.{link}")) for link in ("h2d", "ssd") if report.has(f"{link}.mha")]
+    for number, (name, _, _) in enumerate(columns):
+        for kind, shift in zip(KINDS, (-0.2, 0.2), strict=True):
+            found = report.summary(f"{name}.{kind}").figure
+            axis.bar(
+                number + shift, found.value, 0.38, color=COLOURS[kind], hatch=HATCHES[kind], edgecolor="white",
+                label=kind.upper() if number == 0 else None,
+                yerr=[[found.value - found.low], [found.high - found.value]],
+                error_kw={"ecolor": GREY, "capsize": 3, "lw": 1},
+            )  # fmt: skip
+            axis.annotate(
+                n.plain(found.value), (number + shift, max(found.value, found.high)), ha="center", va="bottom",
+                fontsize=8, xytext=(0, 2), textcoords="offset points",
+            )  # fmt: skip
+    axis.set_yscale("log")
+    axis.set_ylabel(words("f.ms_log"))
+    axis.set_xticks(range(len(columns)), [label for _, _, label in columns])
+    axis.margins(y=0.15)
+    axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    return figure
+
+
+def _timelines(report: Report, words: Words) -> Any:
+    """For each phase: one layer one step after the other, and what the links did in an executed pass."""
+    figure, axes = _new(10, 6.4, 4)
+    for number, phase in enumerate(PHASES):
+        _serial(axes[2 * number][0], report, words, phase)
+        _executed(axes[2 * number + 1][0], report, words, phase)
+    return figure
+
+
+def _serial(axis: Any, report: Report, words: Words, phase: Phase) -> None:
+    lanes = _lanes(report)
+    at = 0.0
+    for kind in KINDS:
+        for link in ("ssd", "h2d", "compute"):
+            if link not in lanes:
+                continue
+            ms = report.values[f"compute.{phase}.{kind}" if link == "compute" else f"{link}.{kind}"]
+            axis.broken_barh(
+                [(at, ms)], (lanes.index(link) - 0.4, 0.8), facecolor=COLOURS[kind], hatch=HATCHES[kind],
+                edgecolor="white",
+            )  # fmt: skip
+            at += ms
+    bound = report.derived(f"{phase}.bound").value
+    title = f"{_phase(words, report, phase)}, {words('f.serial')}: {n.ms(at)}; {words('f.bound')}: {n.ms(bound)}"
+    _finish(axis, words, lanes, at, title)
+    axis.axvline(bound, color=GREY, ls="--", lw=1.2)
+
+
+def _executed(axis: Any, report: Report, words: Words, phase: Phase) -> None:
+    lanes = _lanes(report)
+    line = report.raw["timelines"].get(phase)
+    if line is None:
+        axis.set_axis_off()
+        return
+    window, layers = line["window_ms"], report.settings["streamed_layers"]
+    for lane, key, start, end in line["spans"]:
+        link = next(link for link, own in LANES.items() if lane in own)
+        kind = key.partition(".")[2]
+        width = max(end - start, window * THINNEST)
+        edge = {"hatch": HATCHES[kind], "edgecolor": "white", "linewidth": 0.4} if width > window * 0.01 else {}
+        axis.broken_barh([(start, width)], (lanes.index(link) - 0.4, 0.8), facecolor=COLOURS[kind], **edge)
+    title = f"{words('f.executed', layers=layers)}: {n.ms(window)}, {layers} × {n.ms(window / layers)}"
+    _finish(axis, words, lanes, window, f"{_phase(words, report, phase)}, {title}")
+
+
+def _lanes(report: Report) -> list[str]:
+    return [link for link in ("ssd", "h2d", "compute") if link == "compute" or report.has(f"{link}.mha")]
+
+
+def _finish(axis: Any, words: Words, lanes: list[str], end: float, title: str) -> None:
+    axis.set_yticks(range(len(lanes)), [words(f"link.{link}") for link in lanes])
+    axis.invert_yaxis()
+    axis.set_xlim(0, end)
+    axis.set_xlabel(words("f.ms"), fontsize=8)
+    axis.set_title(title, loc="left")
+    _legend(axis, {kind.upper(): COLOURS[kind] for kind in KINDS}, [HATCHES[kind] for kind in KINDS])
+
+
+def _roofline(report: Report, words: Words) -> Any:
+    """Operations a second over operations a byte, under the roofs measured in the same run."""
+    figure, axes = _new(7, 4.4)
+    axis = axes[0][0]
+    roofs = {name: report.summary(f"roof.{name}").figure.value for name in ("memory", "matmul")}
+    points = []
+    for phase, marker in zip(PHASES, ("s", "o"), strict=True):
+        for kind in KINDS:
+            intensity = report.facts.flops(phase, kind) / report.facts.bytes_read(kind)
+            rate = report.derived(f"{phase}.flop_rate.{kind}")
+            points.append((intensity, rate.value))
+            axis.errorbar(
+                intensity, rate.value, yerr=[[rate.value - rate.low], [rate.high - rate.value]], fmt=marker, ms=8,
+                color=COLOURS[kind], mec="black", ecolor=GREY, capsize=3, label=f"{kind.upper()} {phase}",
+            )  # fmt: skip
+    ridge = roofs["matmul"] / roofs["memory"]
+    low, high = min(0.5, *(x for x, _ in points)) / 2, max(ridge, *(x for x, _ in points)) * 4
+    axis.plot([low, ridge, high], [low * roofs["memory"], roofs["matmul"], roofs["matmul"]], color="black", lw=1.5)
+    axis.annotate(
+        f"{words('roof.matmul')}: {n.flops(report.summary('roof.matmul').figure)}", (high, roofs["matmul"]),
+        ha="right", va="bottom", fontsize=8,
+    )  # fmt: skip
+    axis.annotate(
+        f"{words('roof.memory')}: {n.rate(report.summary('roof.memory').figure)}", (low, low * roofs["memory"]),
+        ha="left", va="bottom", fontsize=8, xytext=(14, -2), textcoords="offset points",
+    )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel(words("f.intensity"))
+    axis.set_ylabel(words("f.flops"))
+    axis.grid(True, which="major", lw=0.3, color="#bbbbbb")
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure

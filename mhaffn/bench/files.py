@@ -1,0 +1,36 @@
+"""What a run leaves in its folder: report.json, report.md and the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mhaffn.bench import document, figures
+from mhaffn.bench.words import Language
+from mhaffn.errors import ConfigError
+
+
+def prepare(folder: Path) -> None:
+    """Makes the folder before long work, not after it; raises :class:`ConfigError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        measurement = folder / ".mhaffn-writable"
+        measurement.touch()
+        measurement.unlink()
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}. Give another folder with --out.") from error
+
+
+def write(raw: dict[str, Any], folder: Path, language: Language) -> list[Path]:
+    """Writes everything; the JSON first, so that no measurement is lost to what is drawn of it."""
+    data = folder / "report.json"
+    data.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    try:
+        names, remarks = figures.draw(raw, folder, language)
+    except figures.NoMatplotlibError:
+        names, remarks = [], ["no_matplotlib"]
+    noted = raw | {"left_out": [*raw["left_out"], *({"what": remark, "why": ""} for remark in remarks)]}
+    text = folder / "report.md"
+    text.write_text(document.write(noted, language, names), encoding="utf-8")
+    return [text, data, *(folder / f"{name}.png" for name in names)]
