@@ -386,6 +386,71 @@ def doctor(
 
 
 @app.command()
+def bench(
+    shape: Annotated[
+        str, typer.Option(help="llama3-70b, llama3-8b, seed, tiny, or a model folder or hub id (only config.json).")
+    ] = "llama3-70b",
+    out: Annotated[Path, typer.Option(help="Where report.md, report.json and the figures go.")] = Path("mhaffn-report"),
+    lang: Annotated[str, typer.Option(help="The document's language: en or zh.")] = "en",
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer layers, shorter prompt.")] = False,
+    seconds: Annotated[
+        float | None, typer.Option(min=1.0, help="Seconds of measuring; 90 unless given, 15 with --quick.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of the prompt; 2048, with --quick 512.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=2, help="Layers written to disk and streamed; 4, with --quick 2.")
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option(help="On the disk to measure: random weights are written here and removed at the end.")
+    ] = Path(),
+    gpu: GpuOption = "auto",
+    dram: DramOption = "auto",
+    device: DeviceOption = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Compare two report.json files instead of measuring.")
+    ] = None,
+    fail_on_regression: Annotated[
+        float | None, typer.Option(min=0.0, help="With --compare: exit with 1 where something got worse by this %.")
+    ] = None,
+) -> None:
+    """Measure this machine by sublayer, with random weights, and write the document of it.
+
+    Weight sizes, compute, copies and reads, roofs, what overlaps, the executed pipeline beside its bound, and what to
+    change. Examples:
+
+        mhaffn bench --shape llama3-70b --folder /mnt/nvme --out report
+
+        mhaffn bench --compare before/report.json after/report.json --fail-on-regression 5
+    """
+    from mhaffn.bench import files, session
+    from mhaffn.bench.compare import compare as compare_reports
+    from mhaffn.bench.compare import regressions, remarks, render
+    from mhaffn.bench.read import Report
+    from mhaffn.bench.words import LANGUAGES
+
+    if compare is not None:
+        first, second = (Report.read(path) for path in compare)
+        found = compare_reports(first, second)
+        Console(width=None if sys.stdout.isatty() else 120).print(render(first, second, found))
+        for line in remarks(first, second, found):
+            console.print(line, highlight=False)
+        worse = regressions(found, fail_on_regression) if fail_on_regression is not None else []
+        for item in worse:
+            console.print(f"[red]regression:[/] {item.name} {item.change:+.1%}", highlight=False)
+        raise typer.Exit(1 if worse else 0)
+    language = next((known for known in LANGUAGES if known == lang), None)
+    if language is None:
+        raise ConfigError(f"got --lang {lang}, expected one of {', '.join(LANGUAGES)}")
+    files.prepare(out)
+    settings = session.Settings(
+        shape=shape, quick=quick, seconds=seconds, tokens=tokens, layers=layers, gpu=gpu, dram=dram, device=device,
+        folder=folder,
+    )  # fmt: skip
+    for path in files.write(session.run(settings, console), out, language):
+        print(path)
+
+
+@app.command()
 def demo(
     prompt: Annotated[str, typer.Option("--prompt", "-p")] = "What is the capital of France?",
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,

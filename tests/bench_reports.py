@@ -1,0 +1,84 @@
+"""Reports of machines that were never measured, for tests of what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from mhaffn.bench import derive
+from mhaffn.bench.passes import split_plan, whole_plan
+from mhaffn.config import KINDS
+from mhaffn.random_model import SHAPES
+from mhaffn.samples import values
+
+SEED_MS = {
+    "compute.prefill.mha": 152.42, "compute.prefill.ffn": 25.94, "compute.prefill.layer": 172.92,
+    "compute.decode.mha": 0.68, "compute.decode.ffn": 1.57, "compute.decode.layer": 2.45,
+    "h2d.mha": 6.74, "h2d.ffn": 13.54, "h2d.layer": 20.32,
+    "ssd.mha": 64.23, "ssd.ffn": 129.01, "ssd.layer": 189.79, "ssd.row": 193.24,
+    "pass.prefill.split": 197.0, "pass.decode.split": 195.0, "pass.prefill.whole": 210.0, "pass.decode.whole": 201.0,
+    "roof.memory": 900e9, "roof.matmul": 110e12, "roof.h2d": 46e9, "roof.ssd": 4.9e9,
+}  # fmt: skip
+
+
+def report_of(
+    medians: Mapping[str, float] = SEED_MS, *, spread: float = 0.004, rounds: int = 12, machine: str = "RTX 5080"
+) -> dict[str, Any]:
+    """What ``mhaffn bench`` would write on a machine with these times; ``spread`` is the swing between rounds."""
+    measured = {
+        name: [[value * (1 + spread * ((i * 7 + 3 * j) % 11 - 5) / 5) for j in range(3)] for i in range(rounds)]
+        for name, value in medians.items()
+    }
+    config = SHAPES["seed"]
+    facts = derive.Facts("seed", config, 2048, 4, gpu=15 << 30, dram=64 << 30, copies=True)
+    plan = split_plan(config, 2048, True, 2)
+    whole = whole_plan(config, plan)
+    settings = {
+        "shape": "seed", "quick": False, "seconds": 90.0, "tokens": 2048, "streamed_layers": 4, "rounds": rounds,
+        "gpu_bytes": facts.gpu, "dram_bytes": facts.dram, "device": "cuda",
+    }  # fmt: skip
+    about = {
+        "cpu": "a processor", "cores": 16, "memory_gib": 64.0, "kernel": "6.1", "python": "3.11",
+        "gpu": {"name": machine, "memory_gib": 15.5, "cuda": "13.0"}, "versions": {"torch": "2.13.0"},
+        "mhaffn": "0.1.0", "commit": "abc1234", "date": "2026-01-01T00:00:00+00:00",
+        "disk": {"device": "/dev/nvme0n1", "file_system": "ext4", "model": "an SSD"},
+    }  # fmt: skip
+    found = values(measured)
+    outlook, _ = derive.outlook(facts, found)
+    return {
+        "format": 1, "machine": about, "reader": {"engine": "io_uring", "direct": "on", "reasons": []},
+        "settings": settings, "config": asdict(config),
+        "weights": {k: {"parameters": derive.by_kind(config, k), "bytes": facts.nbytes(k)} for k in KINDS},
+        "memory": {"peak": {"gpu": 5 << 30, "dram": 5 << 30}, "needed": {"gpu": 6 << 30, "dram": 6 << 30}},
+        "rings": {
+            name: {"prefetch": p.prefetch, "staging_bytes": p.staging_bytes, "slot_bytes": p.slot_bytes}
+            for name, p in (("split", plan), ("whole", whole))
+        },
+        "left_out": [], "measured": measured, "derived": derive.derived_figures(facts, measured),
+        "predicted_ms": derive.predicted_ms(facts, found, split_plan_of(facts)), "outlook": outlook,
+        "timelines": {phase: _timeline(found, phase) for phase in ("prefill", "decode")},
+    }  # fmt: skip
+
+
+def split_plan_of(facts: derive.Facts) -> Any:
+    from dataclasses import replace
+
+    return split_plan(replace(facts.config, num_layers=facts.streamed_layers), facts.tokens, True, 2)
+
+
+def _timeline(found: Mapping[str, float], phase: str) -> dict[str, Any]:
+    spans: list[list[Any]] = []
+    ssd = compute = 0.0
+    for layer in range(4):
+        for kind in KINDS:
+            ssd += found[f"ssd.{kind}"]
+            copied = ssd - found[f"ssd.{kind}"] / 4
+            compute = max(compute, ssd) + found[f"compute.{phase}.{kind}"]
+            start = compute - found[f"compute.{phase}.{kind}"]
+            spans += [
+                ["ssd", f"{layer}.{kind}", ssd - found[f"ssd.{kind}"], ssd],
+                ["h2d", f"{layer}.{kind}", copied, copied + found[f"h2d.{kind}"]],
+                [kind, f"{layer}.{kind}", start, compute],
+            ]
+    return {"window_ms": compute, "spans": spans}
