@@ -1,24 +1,30 @@
 """Llama-class models that do not fit the GPU: MHA and FFN weights streamed from NVMe and DRAM.
 
-Three ways in: :mod:`mhaffn.ops` (fused kernels as functions), :func:`load` (a streamed model with
-``generate()``), and the ``mhaffn`` command.
+Ways in: :mod:`mhaffn.ops` (fused kernels as functions), :func:`register_attention` (attention of existing code, by
+name), :func:`load` (a streamed model with ``generate()``), and the ``mhaffn`` command.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mhaffn.attention_interface import register_attention
     from mhaffn.hf import StreamedLlama, load
 
 __version__ = "0.1.0"
-__all__ = ["StreamedLlama", "__version__", "load"]
+__all__ = ["StreamedLlama", "__version__", "load", "register_attention"]
+
+_HOMES = {
+    "StreamedLlama": "hf",
+    "load": "hf",
+    "register_attention": "attention_interface",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Loads transformers only when it is asked for: ``import mhaffn.ops`` must stay light."""
-    if name in ("StreamedLlama", "load"):
-        from mhaffn import hf
-
-        return getattr(hf, name)
+    if name in _HOMES:
+        return getattr(import_module(f"mhaffn.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

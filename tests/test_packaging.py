@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from lines above its own.
 LAYERS = [
     ("errors",),
-    ("files",),
+    ("files", "swap"),
     ("config",),
     ("budget", "_native"),
     ("ring", "placement"),
@@ -31,6 +31,7 @@ LAYERS = [
     ("stream",),
     ("kernels",),
     ("ops",),
+    ("attention_interface",),
     ("modules",),
     ("runner",),
     ("hf",),
