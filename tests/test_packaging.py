@@ -32,6 +32,8 @@ LAYERS = [
     ("kernels",),
     ("ops",),
     ("attention_interface",),
+    ("huggingface",),
+    ("replacement",),
     ("modules",),
     ("runner",),
     ("hf",),
