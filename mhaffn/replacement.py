@@ -32,11 +32,11 @@ class Replacement:
 def replace(model: nn.Module) -> Replacement:
     """Lets attention, MLPs and RMSNorms of ``model`` run on :mod:`mhaffn.ops`; :func:`restore` undoes it.
 
-    ``model`` is a Llama, Mistral, Qwen2 or Qwen3 of transformers, or holds one. Module objects, parameters, hooks and
-    names stay: only the class of each module changes, to one derived from it. In transformers it also sets
-    ``attn_implementation="mhaffn"``, which models that share a config object share. What it does not cover is left
-    alone and listed: sliding windows, dropout, quantised weights and the like. For inference: a forward that would
-    need gradients raises ``RuntimeError``.
+    ``model`` is a Llama, Mistral, Qwen2 or Qwen3 of transformers, or Meta's ``llama_models.llama3.model.Transformer``,
+    or holds one. Module objects, parameters, hooks and names stay: only the class of each module changes, to one
+    derived from it. In transformers it also sets ``attn_implementation="mhaffn"``, which models that share a config
+    object share. What it does not cover is left alone and listed: sliding windows, dropout, quantised weights and the
+    like. For inference: a forward that would need gradients raises ``RuntimeError``.
 
     At first use it compares logits on a tiny random model of the same family. Raises :class:`UnsupportedModelError`
     if they differ, or if there is nothing in ``model`` that it knows; nothing is replaced then.
@@ -73,6 +73,10 @@ class CodeBase(Protocol):
 
 def _code_base(model: nn.Module) -> CodeBase:
     origins = {cls.__module__.partition(".")[0] for module in model.modules() for cls in type(module).__mro__}
+    if "llama_models" in origins:
+        from mhaffn import meta
+
+        return meta
     if "transformers" in origins:
         from mhaffn import huggingface
 
@@ -83,7 +87,7 @@ def _code_base(model: nn.Module) -> CodeBase:
 def _unknown(model: nn.Module) -> str:
     return (
         f"got a {type(model).__name__}, which holds nothing that mhaffn.replace knows, expected a Llama, Mistral, "
-        "Qwen2 or Qwen3 of transformers"
+        "Qwen2 or Qwen3 of transformers, or a Transformer of Meta's llama_models"
     )
 
 

@@ -32,7 +32,7 @@ LAYERS = [
     ("kernels",),
     ("ops",),
     ("attention_interface",),
-    ("huggingface",),
+    ("huggingface", "meta"),
     ("replacement",),
     ("modules",),
     ("runner",),
