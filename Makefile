@@ -8,8 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 NATIVE_SOURCES := $(wildcard csrc/*)
 
-.PHONY: help demo test test-full test-oldest test-tritons test-triton-oldest test-triton-newest check bench soak clean
-.PHONY: install system csrc-test csrc-sanitize
+.PHONY: help demo test test-full test-oldest test-tritons test-triton-oldest test-triton-newest canary check bench soak
+.PHONY: clean install system csrc-test csrc-sanitize
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,13 +24,24 @@ test: install csrc-test ## everything that needs no GPU, in minutes
 test-full: install csrc-test csrc-sanitize test-oldest test-tritons ## long matrices, sanitizers, soaks, old and new libraries
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+TRANSFORMERS_TESTS := $(addprefix tests/test_,hf.py stream.py replace.py attention_interface.py integrations.py)
+
 OLDEST := .venv-oldest
 test-oldest: install
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install -q -e '.[test]' transformers==5.17.0 -c $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pytest tests/test_hf.py tests/test_stream.py -p no:cacheprovider
+	$(OLDEST)/bin/python -m pytest $(TRANSFORMERS_TESTS) -p no:cacheprovider
+
+CANARY := .venv-canary
+canary: install ## the newest transformers, supported or not: tells, and fails nothing
+	$(PYTHON) -m venv $(CANARY)
+	$(CANARY)/bin/python -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(CANARY)/constraints.txt
+	$(CANARY)/bin/python -m pip install -q -e '.[test]' -c $(CANARY)/constraints.txt
+	-$(CANARY)/bin/python -m pip install -q --upgrade transformers
+	-$(CANARY)/bin/python -m pytest $(TRANSFORMERS_TESTS) -p no:cacheprovider
 
 # Every shipped tile for every architecture, compiled by the oldest supported Triton and by the newest, which only have
 # to be found before the installed one: 4 minutes on two cores. float16 has bfloat16's tiles.
@@ -86,4 +97,4 @@ system:
 	  case "$$missing" in *python3*) exit 1;; *) echo "going on without io_uring";; esac; fi
 
 clean: ## remove what installs and builds made
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info mhaffn/*.so
+	rm -rf $(VENV) $(OLDEST) $(CANARY) build dist *.egg-info mhaffn/*.so
