@@ -136,6 +136,7 @@ def measure_until(first: dict[str, Any], folder: Path, expected: set[str]) -> tu
     raise AssertionError(f"expected {expected} to be worse, got {worse}")
 
 
+@pytest.mark.slow
 def test_a_slowed_op_shows(first: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ffn = ops.ffn
 
@@ -151,6 +152,7 @@ def test_a_slowed_op_shows(first: dict[str, Any], folder: Path, monkeypatch: pyt
     assert share[1] > 1.2 * share[0]
 
 
+@pytest.mark.slow
 def test_a_throttled_reader_shows(first: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submit = Reader.submit
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.reader_files import build_package, make_file
 
 READ = """
@@ -73,6 +75,7 @@ with PinnedArena(4 << 20) as arena:
 """
 
 
+@pytest.mark.slow
 def test_nothing_but_the_module_is_seen_from_outside(tmp_path: Path) -> None:
     """Another copy of the C++ library in the process, such as torch's, must not mix with this one's."""
     site, _ = build_package(tmp_path, LDFLAGS="-static-libstdc++")

@@ -55,7 +55,7 @@ def resident_tokens(folder: Path, tokens: int = 6) -> list[int]:
 PLACEMENTS = list(itertools.product(TIERS, repeat=4))
 
 
-@pytest.mark.parametrize("engine", ["io_uring", "threads"])
+@pytest.mark.parametrize("engine", ["io_uring", pytest.param("threads", marks=pytest.mark.slow)])
 def test_every_placement_gives_the_resident_tokens(engine: Any, tiny_model: Model) -> None:
     folder = tiny_model(num_hidden_layers=2)
     expected = resident_tokens(folder)
