@@ -75,6 +75,8 @@ def _writable(path: Path | None) -> Path | None:
     """Finds out before long work, not after it, that its result has nowhere to go."""
     if path is not None and not path.parent.is_dir():
         raise ConfigError(f"{path} cannot be written: {path.parent} is no folder")
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{path} cannot be written: it is a folder; give the name of a file in it")
     return path
 
 
@@ -137,12 +139,15 @@ def run(
         check_available()
     if prompt is None and sys.stdin.isatty():
         raise ConfigError("got no prompt; give one with -p, or pipe it in")
+    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    if not text or text.isspace():
+        raise ConfigError("got an empty prompt; give one with -p, or pipe it in")
     options = Options(
         gpu=gpu, dram=dram, context=context, device=device, engine=engine, direct=direct, strict=strict, verify=verify
     )
     finished = generate(
         model,
-        sys.stdin.read() if prompt in (None, "-") else prompt,
+        text,
         options,
         raw=raw,
         max_new_tokens=max_new_tokens,
@@ -289,7 +294,7 @@ def plan(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 2048,
     context: Annotated[int, typer.Option(min=1, help="Positions in the KV cache.")] = 4096,
     json_file: Annotated[
-        Path | None, typer.Option("--json", callback=_writable, help="Write all figures to this file.")
+        Path | None, typer.Option("--json", callback=_writable, help="Write all figures to this file; - is stdout.")
     ] = None,
 ) -> None:
     """Predict seconds a pass on a machine, before any weights are there, and what would help most.
@@ -333,9 +338,12 @@ def plan(
         work = Workload(tokens=prompt_tokens, context=max(context, prompt_tokens))
         machine, source = planning.machine_for(config, given, known, work)
         found, shown = planning.plan_for(config, machine, source)
-    Console().print(shown)
-    if json_file is not None:
-        json_file.write_text(json.dumps(planning.to_dict(found), indent=1) + "\n", encoding="utf-8")
+    (console if json_file == Path("-") else Console()).print(shown)
+    content = json.dumps(planning.to_dict(found), indent=1) + "\n"
+    if json_file == Path("-"):
+        print(content, end="")
+    elif json_file is not None:
+        json_file.write_text(content, encoding="utf-8")
 
 
 @app.command()

@@ -90,6 +90,19 @@ def test_a_prompt_may_look_like_an_option(model: Path, here: Here) -> None:
     assert code == 2 and "Traceback" in err
 
 
+def test_a_blank_prompt_and_a_folder_for_a_file_are_refused(model: Path, here: Here, tmp_path: Path) -> None:
+    code, _, err = here("run", model, "-p", " ")
+    assert code == 2 and "empty prompt" in err
+    code, _, err = here("run", model, "-p", "w5", "--trace", tmp_path)
+    assert code == 2 and "it is a folder" in err
+
+
+def test_plan_writes_json_to_stdout(model: Path, here: Here) -> None:
+    code, out, err = here("plan", model, "--json", "-")
+    assert code == 0 and "decode" in err
+    assert next(item["name"] for item in json.loads(out)) == "as it is"
+
+
 def test_raw_leaves_out_the_chat_template(model: Path, here: Here) -> None:
     code, _, err = here("run", model, "-p", "w5 w6", "--max-new-tokens", 2, "--raw")
     assert code == 0 and "prefill: 2 tokens" in err
