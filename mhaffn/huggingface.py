@@ -1,4 +1,4 @@
-"""Attention, MLP and RMSNorm of transformers' Llama, Mistral, Qwen2 and Qwen3, live, on :mod:`mhaffn.ops`.
+"""Decoder layers of transformers' Llama, Mistral, Qwen2 and Qwen3, live, on :mod:`mhaffn.ops`.
 
 Each mixin is put before the class a module had (:mod:`mhaffn.swap`); where it meets what it does not cover, the
 module's own code runs. Which modules are covered, and why others are not, is decided by :func:`survey`.
@@ -120,6 +120,36 @@ class Attention(Swapped):
         )
 
 
+class DecoderLayer(Swapped):
+    """Only adds attention's output and normalises the sum in one step; its parts are replaced for themselves."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        parts: dict[str, Any] = self._modules
+        norm = parts["post_attention_layernorm"]
+        y, _ = parts["self_attn"](
+            hidden_states=parts["input_layernorm"](hidden_states), attention_mask=attention_mask,
+            position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
+            position_embeddings=position_embeddings, **kwargs,
+        )  # fmt: skip
+        weight = norm._parameters.get("weight")
+        plain = isinstance(norm, RMSNorm) and not norm._forward_hooks and not norm._forward_pre_hooks
+        if plain and type(weight) is nn.Parameter and y.dtype == hidden_states.dtype == weight.dtype:
+            y, residual = ops.add_rms_norm(y, hidden_states, weight, norm.variance_epsilon)
+        else:
+            residual = hidden_states + y
+            y = norm(residual)
+        return cast(Tensor, residual + parts["mlp"](y))
+
+
 def _project(layer: Any, x: Tensor) -> Tensor:
     """``layer(x)``, without the cost of a module call where there is nothing to it but the product."""
     return linear(x, layer.weight, layer.bias) if plain_weight(layer) else cast(Tensor, layer(x))
@@ -133,11 +163,13 @@ def _halves(sin: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
 
 # --- which modules ----------------------------------------------------------------------------------------------------
 
-KINDS: dict[str, type[Swapped]] = {"Attention": Attention, "MLP": MLP, "RMSNorm": RMSNorm}
+KINDS: dict[str, type[Swapped]] = {
+    "DecoderLayer": DecoderLayer, "Attention": Attention, "MLP": MLP, "RMSNorm": RMSNorm,
+}  # fmt: skip
 
 
 def survey(model: nn.Module) -> list[Found]:
-    """Every module of ``model`` that is, or is named like, an attention, MLP or RMSNorm, in its order."""
+    """Every module of ``model`` that is, or is named like, a decoder layer, attention, MLP or RMSNorm, in its order."""
     return list(_all_or_none([f for name, module in model.named_modules() if (f := _find(name, module)) is not None]))
 
 
@@ -178,9 +210,8 @@ def _all_or_none(found: list[Found]) -> Iterator[Found]:
 def _why_not(module: nn.Module, upstream: type[nn.Module]) -> str | None:
     if not own_forward(module, upstream):
         return f"its forward is not that of transformers' {upstream.__name__}: overridden, patched or wrapped by a hook"
-    if upstream.__name__.endswith("Attention"):
-        return _why_not_attention(module, upstream)
-    return _why_not_mlp(module) if upstream.__name__.endswith("MLP") else _why_not_norm(module)
+    reasons = {"Attention": _why_not_attention, "MLP": _why_not_mlp, "RMSNorm": _why_not_norm}
+    return next((why_not(module) for kind, why_not in reasons.items() if upstream.__name__.endswith(kind)), None)
 
 
 def _why_not_norm(norm: nn.Module) -> str | None:
@@ -215,11 +246,11 @@ def _why_not_mlp(mlp: nn.Module) -> str | None:
     return None
 
 
-def _why_not_attention(attention: Any, upstream: type[nn.Module]) -> str | None:
+def _why_not_attention(attention: Any) -> str | None:
     if (reason := _why_not_linear(attention, ("q_proj", "k_proj", "v_proj", "o_proj"))) is not None:
         return reason
     config = attention.config
-    holder = config if upstream.__name__ == "MistralAttention" else attention
+    holder = attention if "sliding_window" in attention.__dict__ else config
     window = getattr(holder, "sliding_window", None)
     if window is not None:
         return f"sliding window of {window} keys"

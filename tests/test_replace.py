@@ -133,10 +133,10 @@ def test_everything_of_a_plain_model_is_replaced(family: str) -> None:
     report = mhaffn.replace(model)
     kinds = list(report.replaced.values())
     norms = 7 if family != "Qwen3" else 13
-    counts = [kinds.count(family + kind) for kind in ("Attention", "MLP", "RMSNorm")]
-    assert counts == [3, 3, norms] and len(kinds) == 6 + norms and not report.left
+    counts = [kinds.count(family + kind) for kind in ("DecoderLayer", "Attention", "MLP", "RMSNorm")]
+    assert counts == [3, 3, 3, norms] and len(kinds) == 9 + norms and not report.left
     assert report.replaced["model.layers.1.mlp"] == f"{family}MLP"
-    assert str(report).startswith(f"replaced {6 + norms} modules: ") and f"3 {family}Attention" in str(report)
+    assert str(report).startswith(f"replaced {9 + norms} modules: ") and f"3 {family}Attention" in str(report)
     assert "mhaffn." + family in repr(model)
 
 
@@ -396,6 +396,24 @@ def test_angles_refilled_in_place_count(device: str) -> None:
 
 
 @torch.no_grad()
+def test_every_part_runs_fused(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    _, other = pair(device, family="Qwen3")
+    calls = dict.fromkeys(("rms_norm", "add_rms_norm", "rope", "attention", "ffn"), 0)
+
+    def count(name: str, function: Any) -> Callable[..., Any]:
+        def counting(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **options)
+
+        return counting
+
+    for name in calls:
+        monkeypatch.setattr(mhaffn.ops, name, count(name, getattr(mhaffn.ops, name)))
+    other(prompt(1, 5, device))
+    assert calls == {"rms_norm": 3 * 3 + 1, "add_rms_norm": 3, "rope": 3, "attention": 3, "ffn": 3}
+
+
+@torch.no_grad()
 def test_angles_are_made_once_a_pass(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     _, other = pair(device)
     made = []
@@ -538,7 +556,7 @@ def test_subclasses_and_models_within_models() -> None:
             (other := make(kind="ForSequenceClassification"), lambda: other(ids).logits),
         ):
             expected = run()
-            assert len(mhaffn.replace(model).replaced) == 13
+            assert len(mhaffn.replace(model).replaced) == 16
             assert (run() - expected).abs().max() <= 1e-4
 
 
