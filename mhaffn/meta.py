@@ -6,7 +6,7 @@ the cache is a tensor ``[B, S, H, K]`` of each attention module: keys and values
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -71,7 +71,7 @@ class Attention(Swapped):
         v = _project(parts["wv"], x).view(B, T, -1, K)
         self.cache_k, self.cache_v = self.cache_k.to(q), self.cache_v.to(q)
         keys, values = self.cache_k[:B], self.cache_v[:B]
-        cos, sin, start = self.memo.of(freqs_cis, partial(_angles, start_pos, B), leads=self.leads)
+        cos, sin, start = self.memo.of(freqs_cis, _angles, start_pos, B, leads=self.leads)
         q = ops.rope_write(q, k, v, cos, sin, keys, values, start, interleaved=True)
         y = ops.attention(q, keys[:, :length], values[:, :length], causal=mask is not None)
         return _project(parts["wo"], y.view(B, T, -1))
@@ -81,7 +81,7 @@ def _project(layer: Any, x: Tensor) -> Tensor:
     return linear(x, layer.weight) if plain_weight(layer, PARALLEL) else cast(Tensor, layer(x))
 
 
-def _angles(start_pos: int, batch: int, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _angles(freqs_cis: Tensor, start_pos: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines and sines as ``ops.rope_write`` takes them, and where each sequence of the batch starts to write."""
     start = torch.full((batch,), start_pos, dtype=torch.int32, device=freqs_cis.device)
     return freqs_cis.real.contiguous(), freqs_cis.imag.contiguous(), start

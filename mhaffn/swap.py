@@ -106,19 +106,19 @@ class PassMemo:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Callable[[], Any], Any] = (lambda: None, None)
+        self._last: tuple[Callable[[], Any], tuple[int, ...], Any] = (lambda: None, (), None)
 
-    def of(self, key: Tensor, make: Callable[[Tensor], Any], *, leads: bool) -> Any:
-        """``make(key)``, or what the layer that ``leads`` got from it when ``key`` was this same tensor object.
+    def of(self, key: Tensor, make: Callable[..., Any], *numbers: int, leads: bool) -> Any:
+        """``make(key, *numbers)``, or what the layer that ``leads`` got from them if ``key`` was this same tensor.
 
         That layer always makes it anew: between passes, or under a captured graph, the tensor may have been refilled.
         """
         if torch.compiler.is_compiling():  # a compiler shares equal expressions by itself
-            return make(key)
-        last, value = self._last
-        if leads or last() is not key:
-            value = make(key)
-            self._last = (weakref.ref(key), value)
+            return make(key, *numbers)
+        last, seen, value = self._last
+        if leads or last() is not key or seen != numbers:
+            value = make(key, *numbers)
+            self._last = (weakref.ref(key), numbers, value)
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:

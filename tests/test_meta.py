@@ -171,6 +171,20 @@ def test_attention_without_a_mask_sees_all(device: str) -> None:
     assert (got - expected).abs().max() <= 1e-4
 
 
+@torch.no_grad()
+def test_angles_that_are_used_again_or_refilled_count(device: str) -> None:
+    model, other = pair(device)
+    x = torch.randn(2, 5, 72, device=device)
+    angles = model.freqs_cis[:5].to(device)
+    for layer in range(2):
+        for batch, start in ((2, 0), (2, 5), (1, 10)):
+            expected, got = (m.layers[layer].attention(x[:batch], start, angles, None) for m in (model, other))
+            assert (got - expected).abs().max() <= 1e-5
+    angles.copy_(model.freqs_cis[7:12])
+    expected, got = (m.layers[0].attention(x[:1], 10, angles, None) for m in (model, other))
+    assert (got - expected).abs().max() <= 1e-5
+
+
 def test_gradients_are_refused(device: str) -> None:
     model = make(device)
     mhaffn.replace(model)
