@@ -164,6 +164,20 @@ def _check_inference(op: str, *tensors: Tensor) -> None:
 
 def _check_tensors(op: str, **tensors: Tensor) -> None:
     """One dtype, one device, unit last stride."""
+    first = next(iter(tensors.values()))
+    dtype, device = first.dtype, first.device
+    fits = dtype in DTYPES and device.type in DEVICES
+    for t in tensors.values():
+        fits = fits and t.dtype == dtype and t.device == device and t.dim() > 0 and _unit(t)
+    if not fits:  # messages are made here alone: making them costs more host time than the checks
+        _refuse_tensors(op, tensors)
+
+
+def _unit(t: Tensor) -> bool:
+    return t.stride(-1) == 1 or t.shape[-1] <= 1
+
+
+def _refuse_tensors(op: str, tensors: dict[str, Tensor]) -> None:
     (first_name, first), *_ = tensors.items()
     _expect(first.dtype in DTYPES, op, f"{first_name} dtype", first.dtype, "bfloat16, float16 or float32")
     _expect(first.device.type in DEVICES, op, f"{first_name} device", first.device, "cpu or cuda")
@@ -171,47 +185,54 @@ def _check_tensors(op: str, **tensors: Tensor) -> None:
         _expect(t.dtype == first.dtype, op, f"{name} dtype", t.dtype, f"{first.dtype}, that of {first_name}")
         _expect(t.device == first.device, op, f"{name} device", t.device, f"{first.device}, that of {first_name}")
         _expect(t.dim() > 0, op, f"{name} dimensions", 0, "at least 1")
-        unit = t.shape[-1] <= 1 or t.stride(-1) == 1
-        _expect(unit, op, f"{name} strides", t.stride(), "a last stride of 1")
+        _expect(_unit(t), op, f"{name} strides", t.stride(), "a last stride of 1")
 
 
 def _check_norm(op: str, x: Tensor, weight: Tensor) -> None:
-    _expect(weight.shape == x.shape[-1:], op, "weight shape", tuple(weight.shape), f"[D] = {tuple(x.shape[-1:])}")
+    if weight.shape != x.shape[-1:]:
+        _expect(False, op, "weight shape", tuple(weight.shape), f"[D] = {tuple(x.shape[-1:])}")
 
 
 def _check_rope(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     _expect(q.dim() == 4, op, "q shape", tuple(q.shape), "[B, T, HQ, K]")
     b, t, _, dim = q.shape
-    same = k.dim() == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == dim
-    _expect(same, op, "k shape", tuple(k.shape), f"[B, T, H, K] with B {b}, T {t}, K {dim}")
+    if k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != dim:
+        _expect(False, op, "k shape", tuple(k.shape), f"[B, T, H, K] with B {b}, T {t}, K {dim}")
     _expect(dim % 2 == 0, op, "head dim K", dim, "an even number")
     for name, angle in (("cos", cos), ("sin", sin)):
-        _expect(angle.dtype == torch.float32, op, f"{name} dtype", angle.dtype, torch.float32)
-        _expect(angle.device == q.device, op, f"{name} device", angle.device, q.device)
-        fits = angle.dim() in (2, 3) and angle.shape[-2:] == (t, dim // 2)
-        fits = fits and (angle.dim() == 2 or angle.shape[0] in (1, b))
-        wanted = f"[{t}, {dim // 2}], [1, {t}, {dim // 2}] or [{b}, {t}, {dim // 2}] (half the head dim)"
-        _expect(fits, op, f"{name} shape", tuple(angle.shape), wanted)
-        _expect(angle.stride(-1) == 1 or dim == 2, op, f"{name} strides", angle.stride(), "a last stride of 1")
-    _expect(cos.shape == sin.shape, op, "sin shape", tuple(sin.shape), f"{tuple(cos.shape)}, that of cos")
+        if angle.dtype != torch.float32 or angle.device != q.device:
+            _expect(angle.dtype == torch.float32, op, f"{name} dtype", angle.dtype, torch.float32)
+            _expect(False, op, f"{name} device", angle.device, q.device)
+        shape = angle.shape
+        if shape[-2:] != (t, dim // 2) or not (len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, b))):
+            wanted = f"[{t}, {dim // 2}], [1, {t}, {dim // 2}] or [{b}, {t}, {dim // 2}] (half the head dim)"
+            _expect(False, op, f"{name} shape", tuple(shape), wanted)
+        if not _unit(angle):
+            _expect(False, op, f"{name} strides", angle.stride(), "a last stride of 1")
+    if cos.shape != sin.shape:
+        _expect(False, op, "sin shape", tuple(sin.shape), f"{tuple(cos.shape)}, that of cos")
 
 
 def _check_lengths(op: str, name: str, lengths: Tensor, q: Tensor) -> None:
     _expect(lengths.shape == q.shape[:1], op, f"{name} shape", tuple(lengths.shape), f"[B] = ({q.shape[0]},)")
     _expect(lengths.dtype in (torch.int32, torch.int64), op, f"{name} dtype", lengths.dtype, "int32 or int64")
     _expect(lengths.device == q.device, op, f"{name} device", lengths.device, q.device)
+    _expect(lengths.is_contiguous(), op, f"{name} strides", lengths.stride(), "a contiguous vector")
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, mask: Tensor | None) -> None:
     op = "attention"
     _expect(q.dim() == 4, op, "q shape", tuple(q.shape), "[B, T, HQ, K]")
     b, t, hq, dim = q.shape
-    same = k.dim() == 4 and k.shape[0] == b and k.shape[3] == dim
-    _expect(same, op, "k shape", tuple(k.shape), f"[B, S, H, K] with B {b}, K {dim}")
-    _expect(v.shape == k.shape, op, "v shape", tuple(v.shape), f"{tuple(k.shape)}, that of k")
+    if k.dim() != 4 or k.shape[0] != b or k.shape[3] != dim:
+        _expect(False, op, "k shape", tuple(k.shape), f"[B, S, H, K] with B {b}, K {dim}")
+    if v.shape != k.shape:
+        _expect(False, op, "v shape", tuple(v.shape), f"{tuple(k.shape)}, that of k")
     s, h = k.shape[1], k.shape[2]
-    _expect(h > 0 and hq % h == 0, op, "query heads HQ", hq, f"a multiple of the key heads, {h}")
-    _expect(0 < dim <= HEAD_DIM_MAX, op, "head dim K", dim, f"1 to {HEAD_DIM_MAX}")
+    if h == 0 or hq % h:
+        _expect(False, op, "query heads HQ", hq, f"a multiple of the key heads, {h}")
+    if not 0 < dim <= HEAD_DIM_MAX:
+        _expect(False, op, "head dim K", dim, f"1 to {HEAD_DIM_MAX}")
     if kv_lens is not None:
         _check_lengths(op, "kv_lens", kv_lens, q)
     if mask is not None:
@@ -223,12 +244,16 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, ma
 
 def _check_ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
     width = x.shape[-1]
-    _expect(w1.dim() == 2 and w1.shape[1] == width, "ffn", "w1 shape", tuple(w1.shape), f"[F, D] with D {width}")
-    _expect(w3.shape == w1.shape, "ffn", "w3 shape", tuple(w3.shape), f"{tuple(w1.shape)}, that of w1")
+    if w1.dim() != 2 or w1.shape[1] != width:
+        _expect(False, "ffn", "w1 shape", tuple(w1.shape), f"[F, D] with D {width}")
+    if w3.shape != w1.shape:
+        _expect(False, "ffn", "w3 shape", tuple(w3.shape), f"{tuple(w1.shape)}, that of w1")
     transposed = (w1.shape[1], w1.shape[0])
-    _expect(w2.shape == transposed, "ffn", "w2 shape", tuple(w2.shape), f"[D, F] = {transposed}")
+    if w2.shape != transposed:
+        _expect(False, "ffn", "w2 shape", tuple(w2.shape), f"[D, F] = {transposed}")
     for name, w in (("w1", w1), ("w3", w3), ("w2", w2)):
-        _expect(w.is_contiguous(), "ffn", f"{name} strides", w.stride(), "a contiguous matrix")
+        if not w.is_contiguous():
+            _expect(False, "ffn", f"{name} strides", w.stride(), "a contiguous matrix")
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
