@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..quantized import Quantized, dequantize
 from . import reference
 
+DEQUANTIZED_BYTES = 32 << 20
+"""Bound on the weight rows that are dequantised at a time: on a GPU they are multiplied out of its cache."""
 FFN_CHUNK_BYTES = 1 << 30  # bound on each [M, F] intermediate: a long prompt goes through in row chunks
 
 
@@ -91,3 +94,57 @@ def rope_write(
     k_cache[batch, place] = rotated_k
     v_cache[batch, place] = v
     return rotated_q
+
+
+def rows_of(weight: Quantized, first: int, last: int) -> Quantized:
+    """Some rows of a weight, as views."""
+    part = slice(first, last)
+    zeros = None if weight.zeros is None else weight.zeros[part]
+    return Quantized(weight.format, weight.values[part], weight.scales[part], zeros, weight.group)
+
+
+def linear_in_chunks(
+    x: Tensor, weight: Quantized, dequantized: Callable[[Quantized, torch.dtype], Tensor] = dequantize
+) -> Tensor:
+    """x [M, D] -> [M, N]: dequantises a chunk of rows, multiplies, goes on with the next."""
+    rows, width = weight.shape
+    chunk = max(1, DEQUANTIZED_BYTES // (width * x.element_size()))
+    out = x.new_empty((x.shape[0], rows))
+    for first in range(0, rows, chunk):
+        part = dequantized(rows_of(weight, first, first + chunk), x.dtype)
+        out[:, first : first + chunk] = F.linear(x, part)
+    return out
+
+
+def linear_quantized(
+    x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None, format: str, group: int
+) -> Tensor:
+    out = linear_in_chunks(x.reshape(-1, x.shape[-1]), Quantized(format, values, scales, zeros, group))
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def records(
+    values: list[Tensor], scales: list[Tensor], zeros: list[Tensor | None], format: list[str], group: list[int]
+) -> list[Quantized]:
+    return [Quantized(*parts) for parts in zip(format, values, scales, zeros, group, strict=True)]
+
+
+def ffn_quantized(
+    x: Tensor, values: list[Tensor], scales: list[Tensor], zeros: list[Tensor | None], format: list[str],
+    group: list[int],
+) -> Tensor:  # fmt: skip
+    w1, w3, w2 = records(values, scales, zeros, format, group)
+
+    def gate_up(rows: Tensor) -> Tensor:
+        return F.silu(linear_in_chunks(rows, w1), inplace=True).mul_(linear_in_chunks(rows, w3))
+
+    return ffn_in_chunks(x, w1, lambda rows: linear_in_chunks(gate_up(rows), w2))
+
+
+def ffn_in_chunks(x: Tensor, w1: Quantized, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """``run`` of all rows of x, as many at a time as keep the [M, F] intermediates within their bound."""
+    rows = x.reshape(-1, x.shape[-1])
+    chunk = max(1, FFN_CHUNK_BYTES // (w1.shape[0] * x.element_size()))
+    if rows.shape[0] <= chunk:
+        return run(rows).view(x.shape)
+    return torch.cat([run(part) for part in rows.split(chunk)]).view(x.shape)

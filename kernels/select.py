@@ -10,6 +10,7 @@ from functools import cache
 
 from torch import Tensor, float32
 
+from ..quantized import Quantized
 from . import library
 
 DECODE_TOKENS_MAX = 64
@@ -116,3 +117,62 @@ def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     fused = (narrow or rows.shape[0] not in LIBRARY_ROWS_WIDE) and ffn.gate_up_fits(rows, w1, w3)
     gate_up = ffn.gate_up if fused else ffn.linear_silu_mul
     return library.ffn(rows, w1, w3, w2, gate_up=gate_up).view(x.shape)
+
+
+def few_rows_quantized(x: Tensor, a: Quantized, b: Quantized | None) -> Tensor:
+    """:func:`few_rows` of weights in few bits."""
+    from . import nvrtc_quantized, quantized
+
+    if nvrtc_quantized.chosen(x, a, b is not None):
+        return nvrtc_quantized.few_rows(x, a, b)
+    return quantized.linear(x, a, b)
+
+
+def product(x: Tensor, weight: Quantized) -> Tensor:
+    """x [M, D] -> [M, N]."""
+    from . import quantized
+
+    if x.shape[0] == 0 or x.dtype == float32:
+        return library.linear_in_chunks(x, weight)
+    if x.shape[0] <= quantized.ROWS_MAX:
+        return few_rows_quantized(x, weight, None)
+    return library.linear_in_chunks(x, weight, quantized.dequantize)
+
+
+def gate_up_quantized(x: Tensor, w1: Quantized, w3: Quantized) -> Tensor:
+    """``silu(w1 x) * w3 x``: x [M, D] -> [M, F]."""
+    from . import ffn, nvrtc_quantized
+
+    alike = (w1.format, w1.group, w1.scales.dtype, w1.zeros is None) == (
+        w3.format, w3.group, w3.scales.dtype, w3.zeros is None,
+    )  # fmt: skip
+    if alike and 0 < x.shape[0] <= nvrtc_quantized.ROWS_MAX and x.dtype != float32:
+        return few_rows_quantized(x, w1, w3)
+    return ffn.silu_mul_(product(x, w1), product(x, w3))
+
+
+def check_addresses(op: str, **weights: Quantized) -> None:
+    for name, weight in weights.items():
+        for part in ("values", "scales", "zeros"):
+            t = getattr(weight, part)
+            if t is not None and t.data_ptr() % 16:
+                got = f"{t.data_ptr() % 16} past a multiple of 16"
+                raise ValueError(f"{op}: {name} {part} address: got {got}, expected 16 bytes")
+
+
+def linear_quantized(
+    x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None, format: str, group: int
+) -> Tensor:
+    weight = Quantized(format, values, scales, zeros, group)
+    check_addresses("linear", weight=weight)
+    out = product(x.reshape(-1, x.shape[-1]), weight)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def ffn_quantized(
+    x: Tensor, values: list[Tensor], scales: list[Tensor], zeros: list[Tensor | None], format: list[str],
+    group: list[int],
+) -> Tensor:  # fmt: skip
+    w1, w3, w2 = library.records(values, scales, zeros, format, group)
+    check_addresses("ffn", w1=w1, w3=w3, w2=w2)
+    return library.ffn_in_chunks(x, w1, lambda rows: product(gate_up_quantized(rows, w1, w3), w2))

@@ -6,7 +6,8 @@
 :func:`rope`            rotate queries and keys by their positions
 :func:`rope_write`      the same, with keys and values put into a cache
 :func:`attention`       softmax attention: causal, grouped heads, padding masks, ragged lengths
-:func:`ffn`             SwiGLU feed-forward
+:func:`ffn`             SwiGLU feed-forward, also of weights in few bits
+:func:`linear`          product with a weight, also of one in few bits
 ======================= ==========================================================================
 
 Shapes: ``B`` batch, ``T`` query length, ``S`` key length, ``D`` model width, ``F`` FFN width, ``HQ``/``H`` query and
@@ -29,12 +30,14 @@ import torch
 from torch import Tensor
 
 from .kernels import library, select
+from .quantized import GROUPS, SCALE_DTYPES, Quantized
 
-__all__ = ["add_rms_norm", "attention", "ffn", "rms_norm", "rope", "rope_write"]
+__all__ = ["add_rms_norm", "attention", "ffn", "linear", "rms_norm", "rope", "rope_write"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cpu", "cuda")
 HEAD_DIM_MAX = 256
+VALUE_DTYPES = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -133,17 +136,62 @@ def attention(
     return cast(Tensor, torch.ops.mhaffn.attention(q, k, v, causal, kv_lens, mask, scale))
 
 
-def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Quantized) -> Tensor:
+    """``x weightᵀ``: x ``[..., D]``, weight ``[N, D]`` as ``nn.Linear`` stores it -> ``[..., N]``.
+
+    A weight in few bits is multiplied as its dequantised values are, without their being stored whole: its parts are
+    contiguous, may be views into a larger buffer at any 16-byte aligned offset on CUDA, and x keeps its own dtype.
+    """
+    if isinstance(weight, Quantized):
+        _check_inference("linear", x)
+        _check_tensors("linear", x=x)
+        _check_quantized("linear", "weight", weight, x, x.shape[-1])
+        parts = (weight.values, weight.scales, weight.zeros, weight.format, weight.group)
+        return cast(Tensor, torch.ops.mhaffn.linear_quantized(x, *parts))
+    _check_inference("linear", x, weight)
+    _check_tensors("linear", x=x, weight=weight)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        _expect(False, "linear", "weight shape", tuple(weight.shape), f"[N, D] with D {x.shape[-1]}")
+    return torch.nn.functional.linear(x, weight)
+
+
+def ffn(x: Tensor, w1: Tensor | Quantized, w3: Tensor | Quantized, w2: Tensor | Quantized) -> Tensor:
     """SwiGLU feed-forward (arXiv 2002.05202): ``w2 (silu(w1 x) * w3 x)``.
 
     x ``[..., D]``, w1 (gate) and w3 (up) ``[F, D]``, w2 (down) ``[D, F]``, as ``nn.Linear`` stores them, contiguous;
     they may be views into a larger buffer, at any 16-byte aligned offset on CUDA. -> ``[..., D]``, contiguous.
-    Intermediates are bounded: a long x goes through in chunks of rows.
+    Intermediates are bounded: a long x goes through in chunks of rows. All three are tensors of x's dtype, or all
+    three are in few bits, of any formats.
     """
-    _check_inference("ffn", x, w1, w3, w2)
-    _check_tensors("ffn", x=x, w1=w1, w3=w3, w2=w2)
-    _check_ffn(x, w1, w3, w2)
-    return cast(Tensor, torch.ops.mhaffn.ffn(x, w1, w3, w2))
+    if isinstance(w1, Tensor) and isinstance(w3, Tensor) and isinstance(w2, Tensor):
+        _check_inference("ffn", x, w1, w3, w2)
+        _check_tensors("ffn", x=x, w1=w1, w3=w3, w2=w2)
+        _check_ffn(x, w1, w3, w2)
+        return cast(Tensor, torch.ops.mhaffn.ffn(x, w1, w3, w2))
+    weights = {"w1": w1, "w3": w3, "w2": w2}
+    for name, w in weights.items():
+        if not isinstance(w, Quantized):
+            _expect(False, "ffn", f"{name} type", type(w).__name__, "Quantized, as the other weights are")
+    records = cast("list[Quantized]", list(weights.values()))
+    _check_inference("ffn", x)
+    _check_tensors("ffn", x=x)
+    for name, record in zip(weights, records, strict=True):
+        _check_quantized("ffn", name, record, x, records[0].shape[0] if name == "w2" else x.shape[-1])
+    if records[1].shape != records[0].shape:
+        _expect(False, "ffn", "w3 shape", records[1].shape, f"{records[0].shape}, that of w1")
+    if records[2].shape[0] != x.shape[-1]:
+        _expect(False, "ffn", "w2 shape", records[2].shape, f"[D, F] = {records[0].shape[::-1]}")
+    return cast(
+        Tensor,
+        torch.ops.mhaffn.ffn_quantized(
+            x,
+            [r.values for r in records],
+            [r.scales for r in records],
+            [r.zeros for r in records],
+            [r.format for r in records],
+            [r.group for r in records],
+        ),
+    )
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -256,6 +304,37 @@ def _check_ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
             _expect(False, "ffn", f"{name} strides", w.stride(), "a contiguous matrix")
 
 
+def _check_quantized(op: str, name: str, weight: Quantized, x: Tensor, width: int) -> None:
+    """The parts of a weight agree with its format, with one another and with a product of ``width`` columns."""
+    values, scales, zeros, group = weight.values, weight.scales, weight.zeros, weight.group
+    if weight.format not in VALUE_DTYPES:
+        _expect(False, op, f"{name} format", weight.format, "int4, int8 or fp8")
+    expected = VALUE_DTYPES[weight.format]
+    if values.dtype != expected or values.dim() != 2:
+        got = f"{values.dtype} {tuple(values.shape)}"
+        _expect(False, op, f"{name} values", got, f"{expected}, two dimensions")
+    rows, columns = weight.shape
+    if columns != width:
+        _expect(False, op, f"{name} shape", weight.shape, f"{width} columns")
+    whole = group == width and weight.format != "int4"
+    grouped = group in GROUPS and width % group == 0 and weight.format != "fp8"
+    if not (whole or grouped):
+        groups = {"int4": f"one of {GROUPS}", "int8": f"one of {GROUPS}, or {width}", "fp8": str(width)}
+        _expect(False, op, f"{name} group", group, f"{groups[weight.format]}, a divisor of {width}")
+    if zeros is not None and weight.format != "int4":
+        _expect(False, op, f"{name} zeros", tuple(zeros.shape), f"none: {weight.format} is symmetric")
+    for part, t in (("scales", scales), ("zeros", scales if zeros is None else zeros)):
+        if t.shape != (rows, width // group):
+            _expect(False, op, f"{name} {part} shape", tuple(t.shape), (rows, width // group))
+        if t.dtype not in SCALE_DTYPES or t.dtype != scales.dtype:
+            _expect(False, op, f"{name} {part} dtype", t.dtype, "float16, bfloat16 or float32, one for scales and zeros")
+    for part, t in (("values", values), ("scales", scales), ("zeros", scales if zeros is None else zeros)):
+        if t.device != x.device:
+            _expect(False, op, f"{name} {part} device", t.device, f"{x.device}, that of x")
+        if not t.is_contiguous():
+            _expect(False, op, f"{name} {part} strides", t.stride(), "a contiguous matrix")
+
+
 # --- registration ---------------------------------------------------------------------------------------------------
 # torch.library.define + impl is what torch.library.custom_op builds on; without that wrapper a call costs 3 µs of
 # host time instead of 13, and a decoded token makes hundreds of calls.
@@ -297,4 +376,12 @@ _register(
 _register(
     "ffn(Tensor x, Tensor w1, Tensor w3, Tensor w2) -> Tensor",
     lambda x, w1, w3, w2: _like(x),
+)
+_register(
+    "linear_quantized(Tensor x, Tensor values, Tensor scales, Tensor? zeros, str format, int group) -> Tensor",
+    lambda x, values, scales, zeros, format, group: x.new_empty((*x.shape[:-1], values.shape[0])),
+)
+_register(
+    "ffn_quantized(Tensor x, Tensor[] values, Tensor[] scales, Tensor?[] zeros, str[] format, int[] group) -> Tensor",
+    lambda x, values, scales, zeros, format, group: _like(x),
 )

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ("errors",),
     ("files", "swap"),
-    ("config",),
+    ("config", "quantized"),
     ("budget", "_native"),
     ("ring", "placement"),
     ("simulate",),
@@ -173,7 +173,7 @@ def test_a_wheel_is_complete(wheel: Path) -> None:
         held = set(archive.namelist())
     for folder, patterns in (
         ("mhaffn", ("*.py", "*.pyi", "py.typed", "store/*.py")),
-        ("kernels", ("*.py", "configs/*.json", "cuda/*.cu")),
+        ("kernels", ("*.py", "configs/*.json", "cuda/*.cu", "cuda/*.cuh")),
     ):
         for pattern in patterns:
             for path in (ROOT / folder).glob(pattern):
