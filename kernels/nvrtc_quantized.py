@@ -1,12 +1,14 @@
-"""``cuda/linear_few_rows.cu``: products of up to 16 rows with weights in few bits, in CUDA C++.
+"""Products with weights in few bits, in CUDA C++: ``linear_few_rows.cu`` up to 16 rows, ``linear_sm90.cu`` beyond.
 
-Its launches may overlap (programmatic dependent launch), which CuPy's own launches cannot: they go to the driver.
+Launches may overlap (programmatic dependent launch), which CuPy's own launches cannot: they go to the driver.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,23 +45,20 @@ def _driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def launch(function: Any, blocks: int, threads: int, arguments: list[Any], stream: int, shared: int = 0) -> None:
-    """Launches a CuPy function; the kernel itself waits for the one before (``griddepcontrol.wait``)."""
+def launch(
+    function: int, grid: tuple[int, int], threads: int, arguments: list[Any], stream: int, *, shared: int = 0,
+    overlap: bool = False,
+) -> None:  # fmt: skip
+    """Launches a CUDA function; with ``overlap`` the kernel itself waits for the one before it."""
     attribute = _Attribute(OVERLAP, 0, (ctypes.c_int * 16)(1))
     configuration = _Configuration(
-        (ctypes.c_uint * 3)(blocks, 1, 1), (ctypes.c_uint * 3)(threads, 1, 1), shared, stream,
-        ctypes.pointer(attribute), int(_overlaps()),
+        (ctypes.c_uint * 3)(*grid, 1), (ctypes.c_uint * 3)(threads, 1, 1), shared, stream,
+        ctypes.pointer(attribute), int(overlap),
     )  # fmt: skip
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-    status = _driver().cuLaunchKernelEx(
-        ctypes.byref(configuration), ctypes.c_void_p(function.kernel.ptr), pointers, None
-    )
+    status = _driver().cuLaunchKernelEx(ctypes.byref(configuration), ctypes.c_void_p(function), pointers, None)
     if status:
         raise RuntimeError(f"cuLaunchKernelEx: got CUDA error {status}, expected 0")
-
-
-def _overlaps() -> bool:
-    return tiles.gpu(torch.cuda.current_device()).overlap
 
 
 def words(weight: Quantized) -> int:
@@ -122,9 +121,96 @@ def few_rows(x: Tensor, a: Quantized, b: Quantized | None, tile: tiles.Tile | No
     shift = WHOLE_ROW if a.group == width else a.group.bit_length() - 1
     arguments: list[Any] = [ctypes.c_void_p(x.data_ptr())]
     for matrix in (a, a if b is None else b):
-        arguments += [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (matrix.values, matrix.scales, matrix.zeros)]
+        parts = (matrix.values, matrix.scales, matrix.zeros)
+        arguments += [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in parts]
     arguments += [ctypes.c_void_p(out.data_ptr()), ctypes.c_longlong(x.stride(0))]
     arguments += [ctypes.c_int(n) for n in (m, rows, width, width // a.group, shift)]
     stream = torch.cuda.current_stream(index).cuda_stream
-    launch(function, -(-rows // (16 * tile["TILES"])), 32 * tile["WARPS"], arguments, stream)
+    grid = (-(-rows // (16 * tile["TILES"])), 1)
+    overlap = tiles.gpu(index).overlap
+    launch(function.kernel.ptr, grid, 32 * tile["WARPS"], arguments, stream, overlap=overlap)
     return out
+
+
+# --- many rows, sm_90 -------------------------------------------------------------------------------------------------
+
+SOURCE_SM90 = "linear_sm90.cu"
+SM90_ROWS_MAX = 2048
+"""Rows of one launch: they are first copied, in the order of the weights' columns."""
+
+
+def sm90_defines(dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, tile: tiles.Tile) -> tuple[str, ...]:
+    values = {
+        "HALF": int(dtype == torch.float16), "BITS": 4 if format == "int4" else 8, "FLOAT8": int(format == "fp8"),
+        "SCALE": SCALES[scale], "ZEROS": int(zeros), "TOKENS": tile["TOKENS"], "STAGES": tile["STAGES"],
+    }  # fmt: skip
+    return tuple(f"-D{name}={value}" for name, value in values.items())
+
+
+def _include_folders() -> list[str]:
+    import cupy
+
+    roots = [Path(p) for p in (cupy.cuda.get_cuda_path(), *getattr(cupy, "__path__", ())) if p]
+    roots += [p for r in list(roots) for p in (r.parent / "nvidia").glob("cu*")]
+    roots += [p for entry in sys.path for p in Path(entry or ".").glob("nvidia/cu*")]
+    return [f"-I{root / 'include'}" for root in roots if (root / "include" / "cuda_bf16.h").exists()][:1]
+
+
+@cache
+def _functions_sm90(defines: tuple[str, ...], shared: int, device_index: int) -> tuple[int, int, Any]:
+    """(``arrange``, ``linear_sm90``, the module that holds them), for sm_90a: CuPy itself compiles for sm_90."""
+    import cupy
+    from cupy_backends.cuda.libs import nvrtc as compiler
+
+    options = ("--gpu-architecture=sm_90a", "--std=c++17", f"-I{nvrtc.SOURCES}", *_include_folders(), *defines)
+    program = compiler.createProgram((nvrtc.SOURCES / SOURCE_SM90).read_text(), SOURCE_SM90, (), ())
+    try:
+        compiler.compileProgram(program, options)
+    except Exception:
+        raise RuntimeError(compiler.getProgramLog(program)) from None
+    module = cupy.cuda.function.Module()
+    with cupy.cuda.Device(device_index):
+        module.load(compiler.getCUBIN(program))
+        arrange, multiply = module.get_function("arrange").ptr, module.get_function("linear_sm90").ptr
+        status = _driver().cuFuncSetAttribute(ctypes.c_void_p(multiply), 8, shared)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+    if status:
+        raise RuntimeError(f"cuFuncSetAttribute: got CUDA error {status}, expected 0")
+    return arrange, multiply, module
+
+
+def sm90_fits(x: Tensor, a: Quantized) -> bool:
+    """Whether ``linear_sm90.cu`` can multiply these."""
+    return x.element_size() == 2 and tiles.machine(x.device).gluon and a.values.shape[1] % 16 == 0
+
+
+def many_rows(x: Tensor, a: Quantized, tile: tiles.Tile) -> Tensor:
+    """x [M, D], a [ROWS, D] -> ``x aᵀ`` [M, ROWS], on sm_90."""
+    width, rows = x.shape[1], a.shape[0]
+    if not sm90_fits(x, a) or a.shape[1] != width:
+        raise ValueError(f"many_rows: got x {x.dtype} {tuple(x.shape)}, a {a.shape} {a.format}; rows of 16 bytes each")
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    for first in range(0, x.shape[0], SM90_ROWS_MAX):
+        _many_rows(x[first : first + SM90_ROWS_MAX], a, out[first : first + SM90_ROWS_MAX], tile)
+    return out
+
+
+def _many_rows(x: Tensor, a: Quantized, out: Tensor, tile: tiles.Tile) -> None:
+    (m, width), rows = x.shape, a.shape[0]
+    index = torch.cuda.current_device() if x.device.index is None else x.device.index
+    tokens, shared = tile["TOKENS"], tile["STAGES"] * tile["TOKENS"] * 128
+    options = sm90_defines(x.dtype, a.format, a.scales.dtype, a.zeros is not None, tile)
+    arrange, multiply, _ = _functions_sm90(options, shared, index)
+    blocks, token_tiles = 2 * -(-width // 128), -(-m // tokens)
+    arranged = torch.empty(token_tiles * tokens * blocks * 64, dtype=x.dtype, device=x.device)
+    stream = torch.cuda.current_stream(index).cuda_stream
+    pointer, int32 = ctypes.c_void_p, ctypes.c_int
+    arguments: list[Any] = [pointer(x.data_ptr()), pointer(arranged.data_ptr()), ctypes.c_longlong(x.stride(0))]
+    arguments += [int32(n) for n in (m, width, blocks)]
+    launch(arrange, (blocks // 2, token_tiles * tokens // 8), 128, arguments, stream)
+    parts = (a.values, a.scales, a.zeros)
+    arguments = [pointer(arranged.data_ptr())]
+    arguments += [pointer(None if t is None else t.data_ptr()) for t in parts]
+    arguments += [pointer(out.data_ptr())]
+    shift = WHOLE_ROW if a.group == width else a.group.bit_length() - 1
+    arguments += [int32(n) for n in (m, rows, width, width // a.group, shift, blocks, token_tiles)]
+    launch(multiply, (-(-rows // 128) * token_tiles, 1), 384, arguments, stream, shared=shared)

@@ -94,13 +94,10 @@ def whole(b_w, FORMAT: tl.constexpr):
 @triton.jit
 def group_sum(
     total, p_w, p_scales, p_zeros, x_even, x_odd, o_byte, o_scale, m_byte, dtype: tl.constexpr,
-    FORMAT: tl.constexpr, ZEROS: tl.constexpr, EVEN: tl.constexpr, ASSEMBLY: tl.constexpr,
+    FORMAT: tl.constexpr, ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """total + scale * (sum over one tile of columns, which lies in one group)."""
-    if EVEN:
-        b_w = tl.load(p_w + o_byte, eviction_policy="evict_first")
-    else:
-        b_w = tl.load(p_w + o_byte, mask=m_byte, other=0)
+    b_w = tl.load(p_w + o_byte, mask=m_byte, other=0, eviction_policy="evict_first")
     scale = tl.load(p_scales + o_scale).to(tl.float32)
     if FORMAT == "int4":
         even, odd = halves(b_w, dtype, ASSEMBLY)
@@ -150,11 +147,37 @@ def quantized_kernel(
         else:
             x_even, x_odd = b_x, b_x
         gate = group_sum(
-            gate, p_a, p_a_scales, p_a_zeros, x_even, x_odd, o_byte, o_scale, m_byte, dtype, FORMAT, ZEROS, EVEN, ASSEMBLY
+            gate,
+            p_a,
+            p_a_scales,
+            p_a_zeros,
+            x_even,
+            x_odd,
+            o_byte,
+            o_scale,
+            m_byte,
+            dtype,
+            FORMAT,
+            ZEROS,
+            EVEN,
+            ASSEMBLY,
         )
         if GATED:
             up = group_sum(
-                up, p_b, p_b_scales, p_b_zeros, x_even, x_odd, o_byte, o_scale, m_byte, dtype, FORMAT, ZEROS, EVEN, ASSEMBLY
+                up,
+                p_b,
+                p_b_scales,
+                p_b_zeros,
+                x_even,
+                x_odd,
+                o_byte,
+                o_scale,
+                m_byte,
+                dtype,
+                FORMAT,
+                ZEROS,
+                EVEN,
+                ASSEMBLY,
             )
     if OVERLAP:
         gdc_launch_dependents()

@@ -327,7 +327,9 @@ def _check_quantized(op: str, name: str, weight: Quantized, x: Tensor, width: in
         if t.shape != (rows, width // group):
             _expect(False, op, f"{name} {part} shape", tuple(t.shape), (rows, width // group))
         if t.dtype not in SCALE_DTYPES or t.dtype != scales.dtype:
-            _expect(False, op, f"{name} {part} dtype", t.dtype, "float16, bfloat16 or float32, one for scales and zeros")
+            _expect(
+                False, op, f"{name} {part} dtype", t.dtype, "float16, bfloat16 or float32, one for scales and zeros"
+            )
     for part, t in (("values", values), ("scales", scales), ("zeros", scales if zeros is None else zeros)):
         if t.device != x.device:
             _expect(False, op, f"{name} {part} device", t.device, f"{x.device}, that of x")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 
 import torch
+from weights import random_weight
 
 from mhaffn.kernels import attention_decode, attention_prefill, ffn, quantized, reference, rmsnorm, rope
-from mhaffn.quantized import Quantized, dequantize
+from mhaffn.quantized import dequantize
 
 DTYPES = (torch.float32, torch.float16)
 TINY_PREFILL = {"BLOCK_M": 32, "BLOCK_N": 16, "STAGES": 1, "WARPS": 4}
@@ -90,18 +91,6 @@ def check_ffn() -> None:
             close(ffn.silu_mul_(narrow_gate, narrow_up), product)
 
 
-def random_weight(format, rows, width, group, scale_dtype=torch.float32, zeros=False):
-    """Random bits; scales about 0.1, zero points that are not whole."""
-    values = torch.randint(0, 256, (rows, width // 2 if format == "int4" else width), dtype=torch.uint8)
-    if format == "int8":
-        values = values.view(torch.int8)
-    if format == "fp8":
-        values = torch.where(values & 127 == 127, 0, values).view(torch.float8_e4m3fn)  # no NaN
-    scales = (torch.rand(rows, width // group) * 0.1 + 0.05).to(scale_dtype)
-    zero = (torch.rand(rows, width // group) * 15).to(scale_dtype) if zeros else None
-    return Quantized(format, values, scales, zero, group)
-
-
 def check_quantized() -> None:
     for format, width, group, zeros in (
         ("int4", 192, 32, True),
@@ -111,7 +100,7 @@ def check_quantized() -> None:
         ("int8", 72, 72, False),
         ("fp8", 200, 200, False),
     ):
-        a, b = (random_weight(format, 70, width, group, zeros=zeros) for _ in range(2))
+        a, b = (random_weight(format, 70, width, group, zeros=zeros, unit=5) for _ in range(2))
         wide = [dequantize(w, torch.float64) for w in (a, b)]
         for dtype in DTYPES:
             close(quantized.dequantize(a, dtype), wide[0])
