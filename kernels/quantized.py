@@ -147,38 +147,12 @@ def quantized_kernel(
         else:
             x_even, x_odd = b_x, b_x
         gate = group_sum(
-            gate,
-            p_a,
-            p_a_scales,
-            p_a_zeros,
-            x_even,
-            x_odd,
-            o_byte,
-            o_scale,
-            m_byte,
-            dtype,
-            FORMAT,
-            ZEROS,
-            EVEN,
-            ASSEMBLY,
-        )
+            gate, p_a, p_a_scales, p_a_zeros, x_even, x_odd, o_byte, o_scale, m_byte, dtype, FORMAT, ZEROS, ASSEMBLY,
+        )  # fmt: skip
         if GATED:
             up = group_sum(
-                up,
-                p_b,
-                p_b_scales,
-                p_b_zeros,
-                x_even,
-                x_odd,
-                o_byte,
-                o_scale,
-                m_byte,
-                dtype,
-                FORMAT,
-                ZEROS,
-                EVEN,
-                ASSEMBLY,
-            )
+                up, p_b, p_b_scales, p_b_zeros, x_even, x_odd, o_byte, o_scale, m_byte, dtype, FORMAT, ZEROS, ASSEMBLY,
+            )  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
     if GATED:
