@@ -26,6 +26,8 @@ from ..quantized import Quantized
 from . import tiles
 
 ROWS_MAX = 128
+GATED_ROWS_MAX = 16
+"""Rows up to which both products of a gate are made at once: beyond, their sums do not fit the registers."""
 WHOLE_ROW = 31
 """The shift that makes every column of a row its group 0."""
 
@@ -124,7 +126,7 @@ def quantized_kernel(
         gdc_wait()
     dtype: tl.constexpr = p_out.dtype.element_ty
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
     row = tl.minimum(r, ROWS - 1).to(tl.int64)  # the last tile rereads a row instead of masking
     BYTES: tl.constexpr = BLOCK_D // 2 if FORMAT == "int4" else BLOCK_D
     row_bytes = D // 2 if FORMAT == "int4" else D
@@ -205,10 +207,14 @@ def linear(x: Tensor, a: Quantized, b: Quantized | None = None, tile: tiles.Tile
     rows = a.shape[0]
     int4 = a.format == "int4"
     alike = b is None or (b.shape == a.shape and b.format == a.format and b.group == a.group)
+    many = m > (ROWS_MAX if b is None else GATED_ROWS_MAX)
     paired = not int4 or (x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0)
-    if a.shape[1] != width or not alike or not paired or x.element_size() != 2:
+    if a.shape[1] != width or not alike or not paired or many or x.element_size() != 2:
         got = f"x {x.dtype} {tuple(x.shape)} strides {x.stride()}, a {a.shape} {a.format} by {a.group}"
-        raise ValueError(f"linear: got {got}; x is of two bytes, b as a, rows of x 4-byte aligned")
+        raise ValueError(
+            f"linear: got {got}; x is of two bytes, at most {ROWS_MAX} rows (gated {GATED_ROWS_MAX}), "
+            "rows of x 4-byte aligned, b as a"
+        )
     machine = tiles.machine(x.device)
     if tile is None:
         kernel = "quantized" if b is None else "quantized_gated"
@@ -216,12 +222,12 @@ def linear(x: Tensor, a: Quantized, b: Quantized | None = None, tile: tiles.Tile
         bits = 4 if int4 else 8
         per_processor = rows // machine.processors
         tile = tiles.tile(kernel, machine.arch, bits=bits, rows=block_m, per_processor=per_processor)
-    block_m = min(max(16, triton.next_power_of_2(m)), tile.get("BLOCK_M", ROWS_MAX))
+    block_m = max(16, triton.next_power_of_2(m))
     block_d = min(tile["BLOCK_D"], a.group if a.group != width else tile["BLOCK_D"])
     second = a if b is None else b
     out = torch.empty((m, rows), dtype=x.dtype, device=x.device)
     words = x.view(torch.int32) if int4 else x
-    quantized_kernel[(triton.cdiv(rows, tile["BLOCK_R"]), triton.cdiv(m, block_m))](
+    quantized_kernel[(triton.cdiv(rows, tile["BLOCK_R"]),)](
         words, _bytes(a), a.scales, a.scales if a.zeros is None else a.zeros,
         _bytes(second), second.scales, second.scales if second.zeros is None else second.zeros,
         out, m, rows, width, words.stride(0), width // a.group, _shift(a),

@@ -18,9 +18,20 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from weights import random_weight
 
-from mhaffn.kernels import attention_decode, attention_prefill, attention_prefill_sm90, ffn, rmsnorm, rope, tiles
+from mhaffn.kernels import (
+    attention_decode,
+    attention_prefill,
+    attention_prefill_sm90,
+    ffn,
+    quantized,
+    rmsnorm,
+    rope,
+    tiles,
+)
 
+QUANTIZED = [("int4", 128, False), ("int4", 32, True), ("int8", 1024, False), ("fp8", 1024, False)]
 PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_120": 84}
 
 
@@ -114,6 +125,7 @@ def shipped(arch: str, dtypes: list[torch.dtype]):
         for rule in rules["gate_up"]:
             if size <= rule["max"].get("element", 4):
                 ffn.gate_up(weights, weights, weights, rule["tile"])
+        quantized_shipped(rules, dtype)
         if arch == "sm_90" and size == 2:
             for dim in (64, 128):
                 q, k = torch.empty(2, 512, 8, dim, dtype=dtype), torch.empty(2, 512, 2, dim, dtype=dtype)
@@ -124,6 +136,18 @@ def shipped(arch: str, dtypes: list[torch.dtype]):
         rmsnorm.add_rms_norm(weights, weights, weights[0], 1e-5)
         for interleaved in (False, True):
             rope.rope_write(x, x, x, angle, angle, x, x, torch.empty(2, dtype=torch.int64), interleaved)
+
+
+def quantized_shipped(rules: tiles.Table, dtype: torch.dtype) -> None:
+    kinds = [random_weight(format, 512, 1024, group, zeros=zeros) for format, group, zeros in QUANTIZED]
+    for weight in kinds:
+        quantized.dequantize(weight, dtype)
+    for kernel in ("quantized", "quantized_gated") if dtype.itemsize == 2 else ():  # float32: the library's
+        for number, rule in enumerate(rules[kernel]):
+            for weight in kinds if number == 0 else kinds[:1]:
+                for m in {1, rule["max"].get("rows", quantized.ROWS_MAX)}:
+                    x = torch.empty(m, 1024, dtype=dtype)
+                    quantized.linear(x, weight, weight if kernel == "quantized_gated" else None, rule["tile"])
 
 
 def main() -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from mhaffn.kernels import nvrtc, tiles
+from mhaffn.kernels import nvrtc, nvrtc_quantized, tiles
 
 SCRIPT = Path(__file__).with_name("aot.py")
 ROOT = Path(__file__).parents[2]
 SPILL_BYTES_MAX = 512  # a thread; only heads of 256 with a mask come near it
+CUDA_SPILL_BYTES_MAX = 256
 
 QUICK = [("sm_90", "bfloat16"), ("sm_120", "bfloat16")]
 FULL = [(arch, dtype) for arch in tiles.SHARED_MEMORY_LIMIT for dtype in ("bfloat16", "float16", "float32")]
@@ -42,39 +46,62 @@ def test_shipped_tiles_compile(arch, dtype):
         assert all(k["copies"] for k in prefill if k["name"] != "prefill_kernel")
 
 
-def _tiles_of_cuda_kernels():
+QUANTIZED = [
+    # format, scales, zeros, words of a load
+    ("int4", torch.bfloat16, False, 4),
+    ("int4", torch.float32, True, 2),
+    ("int8", torch.float16, False, 4),
+    ("fp8", torch.bfloat16, False, 1),
+]
+
+
+def _cuda_cases():
+    """(source, architecture, options) of every tile, of every kind of weight for one tile a table."""
     seen = set()
     for arch in tiles.SHARED_MEMORY_LIMIT:
-        for kernel in ("few_rows_cuda", "few_rows_cuda_gated"):
-            for rule in tiles.table(arch)[kernel]:
-                for half in (False, True):
-                    options = nvrtc.few_rows_defines(
-                        half, kernel.endswith("gated"), rule["max"]["columns"], rule["tile"]
-                    )
-                    seen.add((arch, options))
+        table = tiles.table(arch)
+        for half, gated in itertools.product((False, True), repeat=2):
+            dtype = torch.float16 if half else torch.bfloat16
+            suffix = "_gated" if gated else ""
+            for rule in table[f"few_rows_cuda{suffix}"]:
+                options = nvrtc.few_rows_defines(half, gated, rule["max"]["columns"], rule["tile"])
+                seen.add(("ffn_few_rows.cu", arch, options))
+            for number, rule in enumerate(table[f"quantized_cuda{suffix}"]):
+                for format, scales, zeros, words in QUANTIZED if number == 0 else QUANTIZED[:1]:
+                    columns = rule["max"]["columns"]
+                    options = nvrtc_quantized.defines(dtype, format, scales, zeros, gated, columns, words, rule["tile"])
+                    seen.add((nvrtc_quantized.SOURCE, arch, options))
+            if arch == "sm_90" and not gated:
+                for number, rule in enumerate(table["quantized_sm90"]):
+                    for format, scales, zeros, _ in QUANTIZED if number == 0 else QUANTIZED[:1]:
+                        options = nvrtc_quantized.sm90_defines(dtype, format, scales, zeros, rule["tile"])
+                        seen.add((nvrtc_quantized.SOURCE_SM90, "sm_90a", options))
     return sorted(seen)
 
 
 CUDA_SOURCES = sorted(nvrtc.SOURCES.glob("*.cu"))
 CUDA_CASES = [
-    pytest.param(arch, options, marks=[] if arch in ("sm_90", "sm_120") else [pytest.mark.slow])
-    for arch, options in _tiles_of_cuda_kernels()
+    pytest.param(
+        *case, marks=[] if case[1] in ("sm_90", "sm_90a", "sm_120") and "-DHALF=0" in case[2] else [pytest.mark.slow]
+    )
+    for case in _cuda_cases()
 ]
 
 
 def test_every_cuda_source_has_its_cases():
-    assert [source.name for source in CUDA_SOURCES] == ["ffn_few_rows.cu"]
+    assert {source.name for source in CUDA_SOURCES} == {case[0] for case in _cuda_cases()}
 
 
-@pytest.mark.parametrize(("arch", "options"), CUDA_CASES)
-def test_cuda_source_compiles(arch, options, tmp_path):
-    source = nvrtc.SOURCES / "ffn_few_rows.cu"
+@pytest.mark.parametrize(("name", "arch", "options"), CUDA_CASES)
+def test_cuda_source_compiles(name, arch, options, tmp_path):
+    source = nvrtc.SOURCES / name
+    options = [*options, "-std=c++17", f"-I{nvrtc.SOURCES}"]
     if nvcc := shutil.which("nvcc"):
         command = [
             nvcc,
             "-cubin",
             f"-arch={arch}",
-            "-std=c++17",
+            "-Xptxas=-v",
             *options,
             "-o",
             str(tmp_path / "out.cubin"),
@@ -82,8 +109,11 @@ def test_cuda_source_compiles(arch, options, tmp_path):
         ]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
+        spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", run.stderr)]
+        assert spilled and max(spilled) <= CUDA_SPILL_BYTES_MAX, run.stderr
+        assert "wgmma.mma_async instructions are serialized" not in run.stderr
     elif root := _nvrtc_wheel():
-        _compile_with_nvrtc(root, source.read_text(), [f"--gpu-architecture={arch}", "--std=c++17", *options])
+        _compile_with_nvrtc(root, source.read_text(), [f"--gpu-architecture={arch}", *options])
     else:
         pytest.skip("neither nvcc nor the nvidia-cuda-nvrtc wheel is installed")
 

@@ -22,6 +22,10 @@ SIZES = {
     "few_rows_gated": {"element": (2, 4), "rows": (16, 64), "per_processor": (1, 1000)},
     "few_rows_cuda": {"columns": (1, 2), "per_processor": (1, 1000)},
     "few_rows_cuda_gated": {"columns": (1, 2), "per_processor": (1, 1000)},
+    "quantized": {"bits": (4, 8), "rows": (16, 128), "per_processor": (1, 1000)},
+    "quantized_gated": {"bits": (4, 8), "rows": (16,), "per_processor": (1, 1000)},
+    "quantized_cuda": {"bits": (4, 8), "columns": (1, 2), "per_processor": (1, 1000)},
+    "quantized_cuda_gated": {"bits": (4, 8), "columns": (1, 2), "per_processor": (1, 1000)},
 }
 
 
