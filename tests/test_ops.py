@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -10,6 +11,9 @@ import torch
 
 from mhaffn import ops
 from mhaffn.kernels import reference
+from mhaffn.quantized import dequantize
+
+from .kernels.weights import random_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS = [(9, 3), (14, 2), (8, 8), (64, 8)]
@@ -220,6 +224,53 @@ def test_ffn_takes_views_into_a_flat_buffer():
     torch.testing.assert_close(ops.ffn(x, w1, w3, w2), reference.ffn(x, w1, w3, w2))
 
 
+FEW_BITS = [("int4", 32, False), ("int4", 32, True), ("int8", 32, False), ("int8", 96, False), ("fp8", 96, False)]
+
+
+def few_bits(rows, width, format, group, zeros, scale_dtype=torch.float32):
+    return random_weight(format, rows, width, group, zeros=zeros, scale_dtype=scale_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [0, 1, 7, 63])
+@pytest.mark.parametrize(("format", "group", "zeros"), FEW_BITS, ids=str)
+def test_weights_in_few_bits(format, group, zeros, m, dtype):
+    w1, w3, w2 = (few_bits(96, 96, format, group, zeros) for _ in range(3))
+    x = torch.randn(m, 96).to(dtype)
+    truth = [dequantize(w, torch.float64) for w in (w1, w3, w2)]
+    plain = [dequantize(w, dtype) for w in (w1, w3, w2)]
+    got = ops.linear(x, w1), ops.ffn(x, w1, w3, w2)
+    wanted = x.double() @ truth[0].T, reference.ffn(x.double(), *truth, compute=torch.float64)
+    linear = torch.nn.functional.linear
+    silu = torch.nn.functional.silu
+    peers = linear(x, plain[0]), linear(silu(linear(x, plain[0])) * linear(x, plain[1]), plain[2])
+    for mine, peer, want in zip(got, peers, wanted, strict=True):
+        if m:
+            assert_as_good_as(mine, peer, want)
+        assert mine.shape == want.shape
+
+
+def test_a_weight_in_few_bits_is_dequantised_in_chunks(monkeypatch):
+    from mhaffn.kernels import library
+
+    weight, x = few_bits(70, 96, "int4", 32, True), torch.randn(2, 3, 96)
+    whole = ops.linear(x, weight)
+    monkeypatch.setattr(library, "DEQUANTIZED_BYTES", 96 * 4 * 9)
+    torch.testing.assert_close(ops.linear(x, weight), whole)
+
+
+def test_formats_of_an_ffn_may_differ():
+    w1, w3 = few_bits(64, 96, "int4", 32, True), few_bits(64, 96, "int8", 96, False)
+    w2 = few_bits(96, 64, "fp8", 64, False)
+    x = torch.randn(5, 96)
+    torch.testing.assert_close(ops.ffn(x, w1, w3, w2), reference.ffn(x, *(dequantize(w) for w in (w1, w3, w2))))
+
+
+def test_linear_of_a_plain_weight():
+    x, w = torch.randn(2, 3, 96), torch.randn(64, 96)
+    assert torch.equal(ops.linear(x, w), torch.nn.functional.linear(x, w))
+
+
 def test_ffn_in_row_chunks_equals_the_whole(monkeypatch):
     from mhaffn.kernels import library
 
@@ -280,6 +331,39 @@ BAD = {
     "ffn w1": lambda: ops.ffn(randn(2, 8), randn(16, 9), randn(16, 9), randn(8, 16)),
     "ffn w3": lambda: ops.ffn(randn(2, 8), randn(16, 8), randn(15, 8), randn(8, 16)),
     "ffn w2": lambda: ops.ffn(randn(2, 8), randn(16, 8), randn(16, 8), randn(16, 8)),
+    **{
+        f"few bits {name}": lambda changes=changes: ops.linear(
+            randn(2, 64), dataclasses.replace(few_bits(48, 64, "int4", 32, True), **changes)
+        )
+        for name, changes in {
+            "format": {"format": "int3"},
+            "values dtype": {"values": torch.zeros(48, 32, dtype=torch.int8)},
+            "values shape": {"values": torch.zeros(48 * 32, dtype=torch.uint8)},
+            "columns": {"values": torch.zeros(48, 16, dtype=torch.uint8)},
+            "group": {"group": 64 * 3},
+            "whole row of int4": {"format": "int4", "group": 16},
+            "scales shape": {"scales": torch.zeros(48, 1)},
+            "scales dtype": {"scales": torch.zeros(48, 2, dtype=torch.float64)},
+            "scales strides": {"scales": torch.zeros(2, 48).t()},
+            "zeros shape": {"zeros": torch.zeros(47, 2)},
+            "zeros dtype": {"zeros": torch.zeros(48, 2, dtype=torch.bfloat16)},
+            "zeros device": {"zeros": torch.zeros(48, 2, device="meta")},
+        }.items()
+    },
+    "int8 zeros": lambda: ops.linear(
+        randn(2, 64), dataclasses.replace(few_bits(48, 64, "int8", 32, False), zeros=torch.zeros(48, 2))
+    ),
+    "fp8 groups": lambda: ops.linear(randn(2, 64), few_bits(48, 64, "fp8", 32, False)),
+    "linear columns": lambda: ops.linear(randn(2, 64), randn(48, 63)),
+    "ffn, two kinds of weights": lambda: ops.ffn(
+        randn(2, 64), few_bits(48, 64, "int8", 32, False), randn(48, 64), randn(64, 48)
+    ),
+    "few bits w3": lambda: ops.ffn(
+        randn(2, 64), *(few_bits(n, 64, "int8", 32, False) for n in (48, 47)), few_bits(64, 48, "int8", 48, False)
+    ),
+    "few bits w2": lambda: ops.ffn(
+        randn(2, 64), *(few_bits(n, 64, "int8", 32, False) for n in (48, 48)), few_bits(63, 48, "int8", 48, False)
+    ),
     "ffn strides": lambda: ops.ffn(randn(2, 8), randn(16, 16)[:, :8], randn(16, 8), randn(8, 16)),
 }
 
@@ -312,6 +396,8 @@ def cases(device: str = "cpu"):
     w = torch.randn(3, 48, 32, device=device)
     lens, mask = torch.tensor([9, 4], device=device), torch.rand(2, 1, 7, 9, device=device) > 0.3
     namespace = torch.ops.mhaffn
+    records = [random_weight("int4", 64, 64, 32, zeros=zeros, device=device) for zeros in (True, False, True)]
+    parts = [[getattr(r, part) for r in records] for part in ("values", "scales", "zeros", "format", "group")]
     return {
         "rms_norm": (namespace.rms_norm, (torch.randn(3, 32, device=device), torch.rand(32, device=device), 1e-5)),
         "add_rms_norm": (
@@ -336,6 +422,8 @@ def cases(device: str = "cpu"):
         ),
         "attention": (namespace.attention, (q, k, k, True, None, None, None)),
         "attention masked": (namespace.attention, (q, k, k, True, lens, mask, 0.2)),
+        "linear_quantized": (namespace.linear_quantized, (torch.randn(3, 64, device=device), *(p[0] for p in parts))),
+        "ffn_quantized": (namespace.ffn_quantized, (torch.randn(3, 64, device=device), *parts)),
         "ffn": (namespace.ffn, (torch.randn(3, 32, device=device), w[0], w[1], w[2].t().contiguous())),
     }
 
