@@ -91,7 +91,8 @@ class Stream:
         self._pid = os.getpid()
         self._staging_ring = ByteRing(plan.staging_bytes)
         self._slot_ring = ByteRing(plan.slot_bytes)
-        self._slots = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=device.torch_device)
+        with torch.inference_mode(False):  # the mover, a thread in no such mode, could not write to a tensor made in it
+            self._slots = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=device.torch_device)
         self._reads: deque[_Read] = deque()
         self._arrivals: deque[_Arrival] = deque()
         self._held: deque[_Arrival] = deque()

@@ -73,6 +73,14 @@ def test_every_placement_with_copies(tiny_model: Model) -> None:
             assert greedy(model) == expected, tiers
 
 
+@pytest.mark.usefixtures("copying")
+def test_a_model_opened_in_inference_mode_streams_too(tiny_model: Model) -> None:
+    folder = tiny_model(num_hidden_layers=2)
+    expected = resident_tokens(folder)
+    with torch.inference_mode(), load_placed(folder, ("ssd", "dram", "ssd", "gpu")) as model:
+        assert greedy(model) == expected
+
+
 @pytest.mark.gpu
 def test_every_placement_on_the_gpu(tiny_model: Model) -> None:
     if not torch.cuda.is_available():

@@ -15,9 +15,9 @@ def prepare(folder: Path) -> None:
     """Makes the folder before long work, not after it; raises :class:`ConfigError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        measurement = folder / ".mhaffn-writable"
-        measurement.touch()
-        measurement.unlink()
+        trial = folder / ".mhaffn-writable"
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}. Give another folder with --out.") from error
 

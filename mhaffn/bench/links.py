@@ -130,8 +130,8 @@ def layer_cover_bytes(store: Store, reader: Reader) -> int:
 
 @contextmanager
 def open_links(store: Store, device: torch.device) -> Iterator[Links]:
-    with Reader() as measurement:
-        nbytes = PLACES * layer_cover_bytes(store, measurement)
+    with Reader() as trial:
+        nbytes = PLACES * layer_cover_bytes(store, trial)
     with PinnedArena(nbytes) as arena, Reader(arena=arena) as reader:
         links = Links(store, device, arena, reader)
         try:
