@@ -30,6 +30,7 @@ from mhaffn.random_model import write_random_model
 from mhaffn.reader import Reader
 from mhaffn.store import Store
 from tests.test_bench_report import numbers
+from tests.test_stream import CopyingHost
 
 SETTINGS = session.Settings(shape="tiny", quick=True, seconds=4.0, tokens=64, device="cpu")
 SLOWER = 12
@@ -176,16 +177,25 @@ def test_copies_are_measured_as_the_stream_makes_them(tmp_path: Path) -> None:
         assert torch.equal(weights["ffn"].w2, file.get_tensor("model.layers.0.mlp.down_proj.weight"))
 
 
-def test_whole_layers_compute_what_sublayers_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copies", [False, True])
+def test_whole_layers_compute_what_sublayers_do(copies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With copies: as on a GPU, under the mode that a run is in."""
+    if copies:
+        monkeypatch.setattr("mhaffn.runner.open_device", lambda device, trace: CopyingHost(trace))
     write_random_model(tmp_path, "tiny", 2, vocabulary=256)
     store, device = Store.open(tmp_path), torch.device("cpu")
-    plan = split_plan(store.config, 32, False, 2)
+    plan = split_plan(store.config, 32, copies, 2)
     results = []
     for whole in (False, True):
         torch.manual_seed(0)
-        opened = Executed.open(store, whole_plan(store.config, plan) if whole else plan, 32, device, whole=whole)
         with torch.inference_mode():
+            opened = Executed.open(store, whole_plan(store.config, plan) if whole else plan, 32, device, whole=whole)
             results.append(opened.runner.forward(*opened.inputs["prefill"]))
+            for measurement in opened.measurements("whole" if whole else "split"):
+                assert all(ms > 0 for ms in measurement.take(2))
+            lanes = {phase: {span[0] for span in line["spans"]} for phase, line in opened.timelines().items()}
+            assert set(lanes) == {"prefill", "decode"}
+            assert all(("mha" in found, "h2d" in found) == (True, copies) for found in lanes.values())
         opened.close()
     assert torch.equal(*results)
 

@@ -117,7 +117,7 @@ class Executed:
         return taken * 1e3 / passes / self.runner.config.num_layers
 
     def _settle(self) -> None:
-        if self.runner.copies:
+        if self.runner.device.type == "cuda":
             torch.cuda.synchronize(self.runner.device)
 
     def _wait_for_prefetch(self) -> None:

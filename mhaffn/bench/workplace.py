@@ -85,18 +85,27 @@ def _handlers(wanted: dict[signal.Signals, Any]) -> Iterator[None]:
 
 def describe_disk(folder: Path) -> dict[str, str]:
     """The file system and device under ``folder``, as /proc and /sys tell them."""
+    device, kind = _mounted(folder)
+    number = folder.stat().st_dev
+    place = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    model = ""
+    for inner in ("device/model", "../device/model"):
+        with suppress(OSError):
+            model = model or (place / inner).read_text(encoding="utf-8").strip()
+    with suppress(OSError):
+        backing = Path((place / "loop" / "backing_file").read_text(encoding="utf-8").strip())
+        model = f"a file on {_mounted(backing)[1]}"
+    return {"device": device, "file_system": kind, "model": model}
+
+
+def _mounted(path: Path) -> tuple[str, str]:
+    """Device and file system that ``path`` lies on."""
     best = ("", "", "")
-    resolved = str(folder.resolve())
+    resolved = str(path.resolve())
     for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         device, mount, kind, *_ = line.split()
         mount = mount.replace("\\040", " ")
         inside = resolved == mount or resolved.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= len(best[1]):
             best = (device, mount, kind)
-    number = folder.stat().st_dev
-    model = ""
-    place = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-    for inner in ("device/model", "../device/model", "loop/backing_file"):
-        with suppress(OSError):
-            model = model or (place / inner).read_text(encoding="utf-8").strip()
-    return {"device": best[0], "file_system": best[2], "model": model}
+    return best[0], best[2]
