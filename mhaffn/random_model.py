@@ -39,6 +39,9 @@ SHAPES: dict[str, ModelConfig] = {
     "tiny": _config(4, 256, 1024, 4, 2, 1000),
 }
 
+PUBLISHED = {"seed": "llama3-70b"}
+"""Shapes that stand for a published model of another FFN width: by that model's name in :data:`SHAPES`."""
+
 
 def write_random_model(
     folder: Path,

@@ -103,6 +103,25 @@ def test_the_document_follows_the_order_such_measurements_are_read_in(seed: dict
         assert piece in text
 
 
+def test_the_published_width_stands_beside_the_measured_one(seed: dict[str, Any]) -> None:
+    """F 28672 instead of 12288: by hand, all from SSD, which the links bound."""
+    rows = {name: found[0] for name, found in seed["outlook"].items()}
+    assert set(rows) == {"ssd", "memory", "published_ssd", "published_memory"}
+    norm = 2 * 8192
+    mha, ffn, published = 151003136 * 2, 3 * 8192 * 12288 * 2 + norm, 3 * 8192 * 28672 * 2 + norm
+    ssd_s = SEED_MS["ssd.row"] / 1e3 / (mha + ffn)  # a byte
+    for name, nbytes in (("ssd", mha + ffn), ("published_ssd", mha + published)):
+        assert rows[name]["off_device_bytes"] == 80 * nbytes
+        assert rows[name]["seconds"]["decode"] == pytest.approx(80 * nbytes * ssd_s, rel=0.01)
+        assert rows[name]["binding"]["decode"] == "SSD"
+    for language in ("en", "zh"):
+        text = document.write(seed, language, [])
+        assert "F 28672" in text if language == "en" else "F 为 28672" in text
+        assert f"{rows['published_memory']['seconds']['decode']:.3f}" in text
+    other = report_of() | {"settings": seed["settings"] | {"shape": "llama3-70b"}}
+    assert Report(other).facts.published is None
+
+
 def test_what_to_change_follows_from_the_times() -> None:
     """The text follows the gains."""
     raw = report_of()

@@ -14,6 +14,7 @@ from mhaffn.errors import BudgetError
 from mhaffn.forecast import PHASES, Forecast, Machine, changes
 from mhaffn.measured import Layer, Measured, analyse
 from mhaffn.plan import TIERS, Plan, Sizes, Workload
+from mhaffn.random_model import PUBLISHED, SHAPES
 from mhaffn.samples import Rounds, by_round, figure
 from mhaffn.samples import values as values_of
 from mhaffn.simulate import Links, Work, predict
@@ -34,6 +35,13 @@ class Facts:
     gpu: int | None
     dram: int | None
     copies: bool
+
+    @property
+    def published(self) -> Facts | None:
+        """The published model that the shape stands for, where its FFN is of another width."""
+        if self.name not in PUBLISHED:
+            return None
+        return replace(self, name=PUBLISHED[self.name], config=SHAPES[PUBLISHED[self.name]])
 
     @property
     def sizes(self) -> Sizes:
@@ -179,12 +187,34 @@ def predicted_ms(facts: Facts, values: Values, plan: Plan) -> dict[Phase, float]
 
 def outlook(facts: Facts, values: Values) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """The whole model as measured ("ssd": all of it there) and within the budgets ("memory"), each with each change
-    to it; and why the second is missing, if it is."""
-    found = {"ssd": _rows(changes(facts.config, machine_of(facts, values, budgets=False)))}
-    try:
-        found["memory"] = _rows(changes(facts.config, machine_of(facts, values, budgets=True)))
-    except BudgetError as error:
-        return found, str(error)
+    to it; and why the second is missing, if it is.
+
+    Where the shape stands for a published model of another FFN width, that one follows ("published_ssd",
+    "published_memory"): the same links, and FFN times scaled by the bytes.
+    """
+    found, missing = _outlook(facts.config, facts, values, 1.0)
+    if published := facts.published:
+        scale = published.nbytes("ffn") / facts.nbytes("ffn")
+        more, reason = _outlook(published.config, facts, values, scale)
+        found |= {f"published_{situation}": rows for situation, rows in more.items()}
+        missing = missing or reason
+    return found, missing
+
+
+def _outlook(
+    config: ModelConfig, facts: Facts, values: Values, ffn_scale: float
+) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    found = {}
+    for situation, budgets in (("ssd", False), ("memory", True)):
+        machine = machine_of(facts, values, budgets=budgets)
+        compute_s = {
+            phase: {kind: s * (ffn_scale if kind == "ffn" else 1.0) for kind, s in times.items()}
+            for phase, times in machine.compute_s.items()
+        }
+        try:
+            found[situation] = _rows(changes(config, replace(machine, compute_s=compute_s)))
+        except BudgetError as error:
+            return found, str(error)
     return found, ""
 
 

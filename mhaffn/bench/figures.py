@@ -28,6 +28,8 @@ CHINESE_FONTS = (
 DPI = 160
 THINNEST = 0.002
 """The least part of a timeline's width that shows."""
+RIGHT_OF = 30
+"""Operations a byte above which a point of the roofline has its label on the left."""
 LANES = {"ssd": ("ssd",), "h2d": ("h2d",), "compute": ("mha", "ffn")}
 
 
@@ -227,19 +229,26 @@ def _finish(axis: Any, words: Words, lanes: list[str], end: float, title: str) -
 
 
 def _roofline(report: Report, words: Words) -> Any:
-    """Operations a second over operations a byte, under the roofs measured in the same run."""
+    """Operations a second over operations a byte, under the roofs measured in the same run, with each one's share."""
     figure, axes = _new(7, 4.4)
     axis = axes[0][0]
     roofs = {name: report.summary(f"roof.{name}").figure.value for name in ("memory", "matmul")}
     points = []
     for phase, marker in zip(PHASES, ("s", "o"), strict=True):
-        for kind in KINDS:
+        rates = {kind: report.derived(f"{phase}.flop_rate.{kind}") for kind in KINDS}
+        higher = max(KINDS, key=lambda kind: rates[kind].value)
+        for kind, rate in rates.items():
             intensity = report.facts.flops(phase, kind) / report.facts.bytes_read(kind)
-            rate = report.derived(f"{phase}.flop_rate.{kind}")
             points.append((intensity, rate.value))
+            reached = rate.value / min(roofs["matmul"], intensity * roofs["memory"])
+            side, shift = ("right", -9) if intensity > RIGHT_OF else ("left", 9)
+            axis.annotate(  # apart from the other's, which may lie in the same place
+                f"{kind.upper()} {phase}: {reached:.0%}", (intensity, rate.value), ha=side, va="center", fontsize=8,
+                xytext=(shift, 5 if kind == higher else -5), textcoords="offset points",
+            )  # fmt: skip
             axis.errorbar(
                 intensity, rate.value, yerr=[[rate.value - rate.low], [rate.high - rate.value]], fmt=marker, ms=8,
-                color=COLOURS[kind], mec="black", ecolor=GREY, capsize=3, label=f"{kind.upper()} {phase}",
+                color=COLOURS[kind], mec="black", ecolor=GREY, capsize=3,
             )  # fmt: skip
     ridge = roofs["matmul"] / roofs["memory"]
     low, high = min(0.5, *(x for x, _ in points)) / 2, max(ridge, *(x for x, _ in points)) * 4
@@ -257,5 +266,4 @@ def _roofline(report: Report, words: Words) -> Any:
     axis.set_xlabel(words("f.intensity"))
     axis.set_ylabel(words("f.flops"))
     axis.grid(True, which="major", lw=0.3, color="#bbbbbb")
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
     return figure

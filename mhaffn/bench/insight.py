@@ -64,9 +64,20 @@ def _changes(report: Report, words: Words) -> Iterator[str]:
     yield words("changes_line")
     heads = [f"{phase}: {words(head)}" for phase in PHASES for head in ("seconds", "bound_by", "gain")]
     for situation, items in report.raw["outlook"].items():
-        yield f"\n**{words('situation.' + situation, memory=memory)}**"
+        yield f"\n**{_situation(report, words, situation, memory)}**"
         yield from table([words("change"), "GPU/DRAM/SSD", *heads], [_change(words, item) for item in items])
         yield from (f"- {line}" for line in _advice(report, words, situation))
+
+
+def _situation(report: Report, words: Words, situation: str, memory: str) -> str:
+    name = words("situation." + situation.removeprefix("published_"), memory=memory)
+    published = report.facts.published
+    if situation.startswith("published_") and published is not None:
+        return words(
+            "situation.published", model=published.name, width=published.config.intermediate_size,
+            measured=report.config.intermediate_size, situation=name,
+        )  # fmt: skip
+    return name
 
 
 def _change(words: Words, item: Mapping[str, Any]) -> list[str]:
@@ -149,6 +160,14 @@ def _may_be_zero(difference: Figure, whole: Figure) -> bool:
     return difference.low <= 0 <= difference.high or abs(difference.value) <= whole.uncertainty
 
 
+def _in(report: Report, words: Words, situation: str) -> str:
+    name = words("in_" + situation.removeprefix("published_"))
+    published = report.facts.published
+    if situation.startswith("published_") and published is not None:
+        return words("in_published", model=published.name, width=published.config.intermediate_size, situation=name)
+    return name
+
+
 def _conclusion(report: Report, words: Words) -> Iterator[str]:
     for phase in PHASES:
         yield words(
@@ -162,4 +181,4 @@ def _conclusion(report: Report, words: Words) -> Iterator[str]:
     yield from _memory_gain(report, words)
     for situation in report.raw["outlook"]:
         for line in _advice(report, words, situation):
-            yield words("in_" + situation) + line
+            yield _in(report, words, situation) + line

@@ -157,6 +157,11 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "situation.ssd": ("As measured: all weights on SSD", "与测量时相同：全部权重在 SSD 上"),
     "situation.memory": ("Weights in {memory} as far as they fit", "权重尽量放入 {memory}"),
+    "situation.published": (
+        "{situation}, {model} as published (F {width} instead of {measured}; FFN times scaled by the bytes)",
+        "{situation}，已发布的 {model}（F 为 {width} 而非 {measured}；FFN 时间按字节数缩放）",
+    ),
+    "in_published": ("{model} as published, F {width}. {situation}", "已发布的 {model}，F {width}。{situation}"),
     "in_ssd": ("All from SSD: ", "全部来自 SSD："),
     "in_memory": ("Within memory: ", "使用内存："),
     "change": ("Situation", "情形"),
