@@ -242,9 +242,9 @@ def _roofline(report: Report, words: Words) -> Any:
             points.append((intensity, rate.value))
             reached = rate.value / min(roofs["matmul"], intensity * roofs["memory"])
             side, shift = ("right", -9) if intensity > RIGHT_OF else ("left", 9)
-            axis.annotate(  # apart from the other's, which may lie in the same place
+            axis.annotate(  # below the roof, and apart from the other's, which may lie in the same place
                 f"{kind.upper()} {phase}: {reached:.0%}", (intensity, rate.value), ha=side, va="center", fontsize=8,
-                xytext=(shift, 5 if kind == higher else -5), textcoords="offset points",
+                xytext=(shift, -8 if kind == higher else -19), textcoords="offset points",
             )  # fmt: skip
             axis.errorbar(
                 intensity, rate.value, yerr=[[rate.value - rate.low], [rate.high - rate.value]], fmt=marker, ms=8,
@@ -255,7 +255,7 @@ def _roofline(report: Report, words: Words) -> Any:
     axis.plot([low, ridge, high], [low * roofs["memory"], roofs["matmul"], roofs["matmul"]], color="black", lw=1.5)
     axis.annotate(
         f"{words('roof.matmul')}: {n.flops(report.summary('roof.matmul').figure)}", (high, roofs["matmul"]),
-        ha="right", va="bottom", fontsize=8,
+        ha="right", va="bottom", fontsize=8, xytext=(0, 3), textcoords="offset points",
     )  # fmt: skip
     axis.annotate(
         f"{words('roof.memory')}: {n.rate(report.summary('roof.memory').figure)}", (low, low * roofs["memory"]),
