@@ -1,123 +1,161 @@
-"""What the op benches share: machine facts, roofs measured in the same run, rows of results, one table, one JSON file.
+"""What the op benches share: cases, roofs measured in the same run, rows of results, one table, one JSON file.
 
 Every bench checks an implementation against the truth first and times it only if it is right. Inputs of consecutive
-timed calls lie in different buffers, larger together than L2: the figures are for cold caches.
+timed calls lie in different buffers, larger together than L2: the figures are for cold caches. The implementations of
+a case are timed by turns, each sample the device time of one round of calls by CUDA events (on a CPU, the clock's).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
+from mhaffn import roofs
 from mhaffn.kernels import timing
+from mhaffn.machine import describe
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COLD_BYTES = 200 << 20
 CALLS_MIN = 16
 """Calls in the graph of a memory-bound row: a graph's start costs 2 µs or 3, which two calls would bear alone."""
+SAMPLES = 20
 PIP_NAMES = {"flash_attn": "--pre flash-attn-4", "gemlite": "gemlite", "liger_kernel": "liger-kernel"}
+Inputs = tuple[Any, ...]
 
 
-@triton.jit
-def read_kernel(p_x, p_out, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.int32)
-    for i in range(16):
-        total += tl.load(p_x + (tl.program_id(0) * 16 + i).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
-    tl.store(p_out + tl.program_id(0), tl.sum(total, 0))
+@dataclass(frozen=True)
+class Case:
+    """One shape of one operation.
+
+    ``peers`` are the implementations; ``inputs`` makes the arguments of consecutive calls, enough of them that no
+    cache holds them all; ``truth`` is the right result of the first (None: nothing is checked), which an
+    implementation must meet within a relative error of ``tolerance``. ``small`` runs on a CPU too.
+    """
+
+    name: str
+    peers: Mapping[str, Callable[..., Any]]
+    inputs: Callable[[], Sequence[Inputs]]
+    truth: Callable[..., torch.Tensor] | None
+    bytes_moved: float = 0
+    flops: float = 0
+    roof: str = "read_bytes_per_s"
+    tolerance: float = 2e-2
+    small: bool = False
 
 
-def measure_roofs() -> dict[str, float]:
+def by_name(cases: Iterable[Case]) -> dict[str, Case]:
+    return {case.name: case for case in cases}
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
+
+
+def measure_roofs(device: torch.device) -> dict[str, float]:
     """Bytes a second of a streaming read and of a copy (read plus written), and FLOP/s of a large bf16 product."""
-    words = torch.randint(0, 100, (1 << 29,), device="cuda", dtype=torch.int32)
-    out = torch.empty(1 << 16, device="cuda", dtype=torch.int32)
-    half, other = words.chunk(2)
-
-    def read(block: int) -> None:
-        read_kernel[(words.numel() // (16 * block),)](words, out, BLOCK=block, num_warps=8)
-
-    read_ms = min(timing.time_calls(lambda b=b: read(b)).median_ms for b in (2048, 4096, 8192))
-    copy_ms = timing.time_calls(lambda: half.copy_(other)).median_ms
-    size = words.numel() * words.element_size()
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = timing.time_calls(lambda: a @ b).median_ms
-    return {
-        "read_bytes_per_s": size / read_ms * 1e3,
-        "copy_bytes_per_s": size / copy_ms * 1e3,
-        "bf16_flop_per_s": 2 * 8192**3 / product * 1e3,
+    cuda = device.type == "cuda"
+    nbytes = (2 << 30) if cuda else 256 << 20
+    half, other = torch.randint(0, 100, (2, nbytes // 8), device=device, dtype=torch.int32)
+    samplers: dict[str, roofs.Sampler] = {
+        "read_bytes_per_s": roofs.memory_read(device, nbytes),
+        "copy_bytes_per_s": lambda: nbytes / roofs.seconds_queued(device, lambda: half.copy_(other)),
+        "bf16_flop_per_s": roofs.matmul(device, torch.bfloat16, 8192 if cuda else 1024),
     }
+    return {name: statistics.median(roofs.measure(sampler, 0.2)) for name, sampler in samplers.items()}
 
 
 def environment() -> dict[str, Any]:
+    """The machine, its clocks now, and versions of what is compared."""
+
     def installed(name: str) -> str | None:
         try:
             return version(name)
         except PackageNotFoundError:
             return None
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    names = ("torch", "triton", "cupy-cuda13x", "numpy", "flash-attn-4", "gemlite", "liger-kernel")
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "versions": {name: installed(name) for name in names},
-        "commit": commit if len(commit) == 40 else None,
-    }
+    about = describe()
+    peers = {name: installed(name) for name in ("flash-attn-4", "gemlite", "liger-kernel", "torchao")}
+    versions = {**about["versions"], "cudnn": torch.backends.cudnn.version(), **peers}  # type: ignore[dict-item]
+    return about | {"versions": {name: found for name, found in versions.items() if found}, "clocks": clocks()}
+
+
+def clocks() -> dict[str, str]:
+    """Clocks of the GPU now, as nvidia-smi tells them."""
+    names = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+    try:
+        command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+        line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(names, (value.strip() for value in line.split(",")), strict=False))
 
 
 class Bench:
     """Rows of one bench file."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.roofs = measure_roofs()
+    def __init__(self, name: str, device: torch.device = DEVICE) -> None:
+        self.name, self.device = name, device
+        self.roofs = measure_roofs(device)
         self.rows: list[dict[str, Any]] = []
+
+    def run(self, case: Case) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
+        """Makes the inputs, and compares; by peer its row and its samples in milliseconds."""
+        torch._dynamo.reset()  # else peers that compile soon reach its limit of shapes
+        sets = case.inputs()
+        calls = {name: [_call(peer, inputs) for inputs in sets] for name, peer in case.peers.items()}
+        return self.compare(
+            case.name, calls, case.truth(*sets[0]) if case.truth else None,
+            bytes_moved=case.bytes_moved, flops=case.flops, tolerance=case.tolerance, roof=case.roof,
+        )  # fmt: skip
 
     def compare(
         self,
         shape: str,
-        peers: dict[str, Sequence[timing.Call]],
+        peers: Mapping[str, Sequence[timing.Call]],
         truth: torch.Tensor | None,
         *,
         bytes_moved: float = 0,
         flops: float = 0,
         tolerance: float = 2e-2,
-        samples: int = 20,
+        samples: int = SAMPLES,
         roof: str = "read_bytes_per_s",
-    ) -> None:
+    ) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
         """Checks each peer's first call against the truth, then times all of them by turns, in CUDA graphs.
 
         By turns: clocks fall as the chip warms, and the peer timed first would win.
         """
+        ready: dict[str, list[timing.Call]] = {}
+        entries: dict[str, dict[str, Any]] = {name: {"shape": shape, "implementation": name} for name in peers}
         graphs: dict[str, timing.Graph] = {}
-        entries = {name: {"shape": shape, "implementation": name} for name in peers}
         for name, calls in peers.items():
             try:
                 if truth is not None:
                     entries[name]["relative_error"] = self._error(calls[0](), truth, tolerance)
-                rounds = -(-CALLS_MIN // len(calls)) if bytes_moved else 1
-                graphs[name] = timing.Graph([*calls] * rounds)
+                ready[name] = [*calls] * (-(-CALLS_MIN // len(calls)) if bytes_moved else 1)
+                if self.device.type == "cuda":
+                    graphs[name] = timing.Graph(ready[name])
             except ModuleNotFoundError as problem:
                 package = PIP_NAMES.get((problem.name or "").partition(".")[0])
                 entries[name]["failed"] = f"not here: pip install {package}" if package else str(problem)
             except Exception as problem:
                 entries[name]["failed"] = f"{type(problem).__name__}: {problem}"[:200]
-        times = timing.by_turns(graphs, samples)
+        times = timing.by_turns(graphs, samples) if self.device.type == "cuda" else by_turns(ready, samples)
         for name, entry in entries.items():
             if name in times:
                 entry |= self._figures(times[name], bytes_moved, flops, roof)
             self.rows.append(entry)
             print(_line(entry), flush=True)
+        return {name: (entry, times[name].samples_ms if name in times else ()) for name, entry in entries.items()}
 
     @staticmethod
     def _error(got: Any, truth: torch.Tensor, tolerance: float) -> float:
@@ -144,6 +182,22 @@ class Bench:
             path.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def _call(peer: Callable[..., Any], inputs: Inputs) -> timing.Call:
+    return lambda: peer(*inputs)
+
+
+def by_turns(peers: Mapping[str, Sequence[timing.Call]], samples: int) -> dict[str, timing.Timing]:
+    """Milliseconds a call by the clock, in alternation, a round that does not count first."""
+    found: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(samples + 1):
+        for name, calls in peers.items():
+            started = time.perf_counter()
+            for call in calls:
+                call()
+            found[name].append((time.perf_counter() - started) * 1e3 / len(calls))
+    return {name: timing.summary(times[1:]) for name, times in found.items()}
+
+
 def _line(entry: dict[str, Any]) -> str:
     line = f"{entry['shape']:28} {entry['implementation']:26} "
     if "median_ms" not in entry:
@@ -168,3 +222,14 @@ def main(name: str, run: Callable[[Bench], None]) -> None:
             run(bench)
         finally:
             bench.save(arguments.out)
+
+
+def main_cases(name: str, cases: Mapping[str, Case]) -> None:
+    """The cases by turns, as a script: on a CPU the small ones."""
+
+    def run(bench: Bench) -> None:
+        for case in cases.values():
+            if case.small or bench.device.type == "cuda":
+                bench.run(case)
+
+    main(name, run)

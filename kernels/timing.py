@@ -16,17 +16,18 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call."""
+    """Milliseconds a call; ``samples_ms`` in the order they were taken."""
 
     median_ms: float
     p20_ms: float
     p80_ms: float
+    samples_ms: tuple[float, ...]
 
 
-def _summary(samples: list[float]) -> Timing:
+def summary(samples: list[float]) -> Timing:
     ordered = sorted(samples)
     at = [ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.5, 0.2, 0.8)]
-    return Timing(*at)
+    return Timing(*at, tuple(samples))
 
 
 def _sample(run: Call, calls: int, samples: int) -> Timing:
@@ -36,7 +37,7 @@ def _sample(run: Call, calls: int, samples: int) -> Timing:
         run()
         end.record()
     torch.cuda.synchronize()
-    return _summary([start.elapsed_time(end) / calls for start, end in events])
+    return summary([start.elapsed_time(end) / calls for start, end in events])
 
 
 class Graph:
@@ -77,7 +78,7 @@ def by_turns(graphs: dict[str, Graph], samples: int) -> dict[str, Timing]:
             events[name].append((start, end))
     torch.cuda.synchronize()
     return {
-        name: _summary([start.elapsed_time(end) / graphs[name].calls for start, end in pairs])
+        name: summary([start.elapsed_time(end) / graphs[name].calls for start, end in pairs])
         for name, pairs in events.items()
     }
 

@@ -1,0 +1,46 @@
+"""What benches under pytest share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from by_peer import Recorder
+from timer import Case
+
+from mhaffn.machine import describe
+
+
+@pytest.fixture(scope="session")
+def recorder() -> Iterator[Recorder]:
+    torch.manual_seed(0)
+    yield Recorder()
+
+
+@pytest.fixture
+def record(recorder: Recorder, benchmark: Any) -> Callable[[Case, str], None]:
+    """Reports one implementation of a case."""
+
+    def one(case: Case, peer: str) -> None:
+        with torch.no_grad():
+            recorder.record(benchmark, case, peer)
+
+    return one
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["mhaffn"] = describe()
