@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 NATIVE_SOURCES := $(wildcard csrc/*)
 
-.PHONY: help demo test test-full test-oldest test-tritons test-triton-oldest test-triton-newest canary check bench soak
+.PHONY: help demo test test-full test-oldest test-tritons test-triton-oldest test-triton-newest canary check bench bench-gpu soak
 .PHONY: clean install system csrc-test csrc-sanitize
 .DEFAULT_GOAL := help
 
@@ -64,8 +64,15 @@ check: install ## ruff, mypy, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/csrc/*.h tests/csrc/*.cpp
 
-bench: install ## pytest-benchmark on this machine
-	$(BIN)/python -m pytest bench -m "not gpu" --benchmark-only
+# One file of results a machine; MORE takes options, say MORE=--basetemp=/mnt/nvme/bench for another disk.
+RESULTS = bench/results/$$($(BIN)/python -c 'from mhaffn.machine import file_name; print(file_name("$(1)"))').json
+BENCH = $(BIN)/python -m pytest bench --benchmark-only --benchmark-group-by=param:case $(MORE)
+
+bench: install ## pytest-benchmark on this machine's processor and disk
+	$(BENCH) -m "not gpu" --benchmark-json=$(call RESULTS,cpu)
+
+bench-gpu: install ## pytest-benchmark on its GPU, beside other kernels and tools
+	$(BENCH) -m gpu --benchmark-json=$(call RESULTS,cuda)
 
 csrc-test: install
 	$(MAKE) -C tests/csrc test

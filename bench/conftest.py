@@ -18,6 +18,13 @@ from timer import Case
 from mhaffn.machine import describe
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On a CPU threads that wait for each other make a busy machine's noise many times what it is."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def recorder() -> Iterator[Recorder]:
     torch.manual_seed(0)

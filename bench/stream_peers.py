@@ -138,7 +138,9 @@ def main() -> None:
         store = Store.open(options.folder)
         results["alone_before"] = speeds(store)
         for number, contender in enumerate(CONTENDERS):
-            row = {"name": contender.name, "tier": contender.tier} | in_its_own_process(number, contender)
+            row = {"name": contender.name, "tier": contender.tier} | in_its_own_process(
+                number, options.folder, options.prompt
+            )
             results["rows"].append(row)
             print(line(row, total), flush=True)
         results["alone_after"] = speeds(store)
@@ -148,13 +150,14 @@ def main() -> None:
             options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def in_its_own_process(number: int, contender: Contender) -> dict[str, Any]:
-    if importlib.util.find_spec(contender.needs) is None:
-        return {"skipped": f"pip install {contender.needs}"}
+def in_its_own_process(number: int, folder: Path, prompt: int) -> dict[str, Any]:
+    """What :func:`measure` finds, or why it was skipped."""
+    needs = CONTENDERS[number].needs
+    if importlib.util.find_spec(needs) is None:
+        return {"skipped": f"pip install {needs}"}
+    command = [sys.executable, __file__, "--folder", str(folder), "--prompt", str(prompt), "--one", str(number)]
     try:
-        done = subprocess.run(
-            [sys.executable, *sys.argv, "--one", str(number)], capture_output=True, text=True, timeout=240
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     except subprocess.TimeoutExpired:
         return {"skipped": "took more than 240 s"}
     if done.returncode:

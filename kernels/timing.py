@@ -26,8 +26,8 @@ class Timing:
 
 def summary(samples: list[float]) -> Timing:
     ordered = sorted(samples)
-    at = [ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.5, 0.2, 0.8)]
-    return Timing(*at, tuple(samples))
+    median, p20, p80 = (ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.5, 0.2, 0.8))
+    return Timing(median, p20, p80, tuple(samples))
 
 
 def _sample(run: Call, calls: int, samples: int) -> Timing:

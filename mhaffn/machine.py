@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def describe() -> dict[str, object]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def file_name(device: str) -> str:
+    """What a file of results is called: by the GPU ("cuda"), or by the processor and its cores ("cpu")."""
+    gpu = _gpu() if device == "cuda" else None
+    words = str(gpu["name"]).removeprefix("NVIDIA ") if gpu else f"{_cpu()} {os.cpu_count()} cores"
+    return re.sub(r"\W+", "-", words.lower()).strip("-")
 
 
 def _cpu() -> str:
