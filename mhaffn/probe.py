@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 
+from mhaffn import roofs
 from mhaffn.budget import free_dram, free_gpu
 from mhaffn.config import KINDS, Kind, ModelConfig, format_bytes
 from mhaffn.errors import ReadError
 from mhaffn.image import Weights
+from mhaffn.inputs import FilledCache, context_of, hidden_states
 from mhaffn.machine import describe
-from mhaffn.modules import FFN, MHA, Context
+from mhaffn.modules import FFN, MHA
 from mhaffn.profile import Compute, Profile, Widths
 from mhaffn.reader import Extent, PinnedArena, Reader
 
@@ -29,7 +31,6 @@ PIECES = 4
 ROUNDS = 5
 ROUND_S = 0.6
 COPY_BYTES = 256 << 20
-WARM_UPS = 2
 REPEATS = 7
 CACHES_BYTES = 256 << 20
 """Weights measured in turn take at least this much, so that no cache holds them: streamed ones are cold too."""
@@ -128,13 +129,8 @@ def _files(folder: Path, say: Say) -> Iterator[list[Path]]:
 
 def _h2d_speed(device: torch.device) -> float:
     """Bytes a second from pinned memory to the device, the median of some copies."""
-    with PinnedArena(COPY_BYTES) as arena, arena.lease(COPY_BYTES) as slot:
-        return COPY_BYTES / _median_s(_copy(torch.frombuffer(slot, dtype=torch.uint8), device), device)
-
-
-def _copy(source: torch.Tensor, device: torch.device) -> Callable[[], object]:
-    target = torch.empty_like(source, device=device)
-    return lambda: target.copy_(source, non_blocking=True)
+    with roofs.host_to_device(device, COPY_BYTES) as sampler:
+        return statistics.median(roofs.measure(sampler, 0, least=REPEATS))
 
 
 def _compute_s(kind: Kind, config: ModelConfig, tokens: int, context: int, device: torch.device) -> float:
@@ -151,47 +147,15 @@ def _compute_s(kind: Kind, config: ModelConfig, tokens: int, context: int, devic
         yield next(turns)
 
     with torch.inference_mode():
-        x = torch.rand(1, tokens, config.hidden_size, device=device, dtype=torch.bfloat16)
+        x = hidden_states(config, tokens, device)
         if kind == "ffn":
             ffn = FFN(config, weights)
             return _median_s(lambda: ffn(x), device)
         mha = MHA(config, 0, weights)
-        angles = torch.rand(1, tokens, config.head_dim // 2, device=device)
-        cache = _Filled(config, context, device) if tokens == 1 else None
-        seen = Context(angles.cos(), angles.sin(), length=context if cache else tokens, cache=cache)
+        seen = context_of(config, tokens, FilledCache(config, 1, context if tokens == 1 else tokens, device))
         return _median_s(lambda: mha(x, seen), device)
 
 
-class _Filled:
-    """A KV cache that is full already: what is written to it replaces its last position."""
-
-    def __init__(self, config: ModelConfig, positions: int, device: torch.device) -> None:
-        shape = (1, config.num_kv_heads, positions, config.head_dim)
-        self.keys, self.values = (torch.rand(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[:, :, -key_states.shape[2] :] = key_states
-        self.values[:, :, -value_states.shape[2] :] = value_states
-        return self.keys, self.values
-
-
 def _median_s(work: Callable[[], object], device: torch.device) -> float:
-    for _ in range(WARM_UPS):
-        work()
-    if device.type == "cpu":
-        return statistics.median(_timed(work) for _ in range(REPEATS))
-    # One after the other, so that launches hide behind the work before, as they do in a pass.
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 2)]
-    for event in events:
-        event.record()
-        work()
-    torch.cuda.synchronize(device)
-    return statistics.median(float(a.elapsed_time(b)) / 1e3 for a, b in itertools.pairwise(events[1:]))
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started_s = time.perf_counter()
-    work()
-    return time.perf_counter() - started_s
+    """Seconds of ``work`` queued behind itself, so that launches hide as they do in a pass."""
+    return statistics.median(roofs.measure(lambda: roofs.seconds_queued(device, work), 0, least=REPEATS))

@@ -38,7 +38,7 @@ LAYERS = [
     ("runner",),
     ("hf",),
     ("measured",),
-    ("planning", "machine", "report", "timeline", "samples", "roofs"),
+    ("planning", "machine", "report", "timeline", "samples", "roofs", "inputs"),
     ("probe",),
     ("session", "bench"),
     ("demo", "doctor"),

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import xxhash
 
-from mhaffn.bench.compute import FilledCache, context_of, hidden_states
+from mhaffn.bench.compute import tokens_of
 from mhaffn.bench.rounds import Measurement
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, order
 from mhaffn.forecast import PHASES
+from mhaffn.inputs import FilledCache, context_of, hidden_states
 from mhaffn.modules import FFN, MHA, Block, Context, Provider
 from mhaffn.plan import Plan, Sizes, Tier, Workload, make_plan
 from mhaffn.runner import Runner
@@ -90,8 +91,8 @@ class Executed:
         cache = FilledCache(store.config, store.config.num_layers, tokens, device)
         inputs = {
             phase: (
-                hidden_states(store.config, phase, tokens, device),
-                context_of(store.config, phase, tokens, cache),
+                hidden_states(store.config, tokens_of(phase, tokens), device),
+                context_of(store.config, tokens_of(phase, tokens), cache),
             )
             for phase in PHASES
         }
