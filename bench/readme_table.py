@@ -1,6 +1,6 @@
-"""Writes the README's table from the files under bench/results, in both languages.
+"""Writes the README's tables from the files under bench/results, in both languages.
 
-python bench/readme_table.py           rewrites what stands between the table marks
+python bench/readme_table.py           rewrites what stands between the marks: of streams, and of operations
 python bench/readme_table.py --check   exits with 1 where a README differs
 """
 
@@ -10,10 +10,34 @@ import json
 import sys
 from pathlib import Path
 
+from results_ops import comparisons, machine_name
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 READMES = {"en": ROOT / "README.md", "zh": ROOT / "README.zh-CN.md"}
-BEGIN, END = "<!-- table -->", "<!-- /table -->"
+MARKS = ("table", "ops")
+OPERATIONS = (
+    "ffn 70B M=1",
+    "ffn 70B M=16",
+    "ffn 70B M=2048",
+    "prefill causal T=2048",
+    "prefill causal T=8192",
+    "decode B=1 S=8192",
+    "decode B=8 S=8192",
+    "rms_norm T=2048",
+    "rope T=2048",
+    "linear up int4-g128 M=1",
+    "linear up int4-g128 M=16",
+    "linear up int8-row M=1",
+    "linear up fp8-row M=1",
+    "prefill 8b, prompt 2048, batch 1",
+    "a token 8b, prompt 2048, batch 1",
+)
+"""Cases that the table of operations shows, where a GPU's results hold them."""
+OPERATION_HEADS = {
+    "en": ("machine", "case", "mhaffn, ms", "best other", "its ms", "times as fast", "of the roof"),
+    "zh": ("机器", "用例", "mhaffn，毫秒", "最快的其他实现", "毫秒", "速度倍数", "达到上限的"),
+}
 HEADS = {
     "en": ("machine", "what streams", "s a pass", "GiB/s", "bound, by", "reached"),
     "zh": ("机器", "流式内容", "每遍秒数", "GiB/s", "下界，受限于", "达到"),
@@ -39,7 +63,7 @@ def rows() -> list[dict[str, object]]:
         nbytes = sum(row["nbytes"] for row in decode["rows"] if row["lane"] == "ssd")
         found.append(
             {
-                "machine": machine(values["machine"]),
+                "machine": machine_name(values["machine"]),
                 "what": ["SmolLM2-135M, all layers from SSD"],
                 "seconds": decode["seconds_per_pass"],
                 "rate": nbytes / decode["seconds_per_pass"] / 2**30,
@@ -57,7 +81,7 @@ def rows() -> list[dict[str, object]]:
             phase = ["decode"] if row["tokens"] == 1 else ["prompt of", f" {row['tokens']} ", "tokens"]
             found.append(
                 {
-                    "machine": machine(values["machine"]),
+                    "machine": machine_name(values["machine"]),
                     "what": [f"{row['layers']} ", "layers of 70B width", ", ", row["mix"], ", ", *phase],
                     "seconds": row["seconds"],
                     "rate": row["gib_per_s"],
@@ -67,13 +91,6 @@ def rows() -> list[dict[str, object]]:
                 }
             )
     return found
-
-
-def machine(values: dict[str, object]) -> str:
-    gpu = values["gpu"]
-    if isinstance(gpu, dict):
-        return str(gpu["name"]).removeprefix("NVIDIA ").removesuffix(" HBM3")
-    return f"{values['cores']}-core CPU"
 
 
 def table(language: str) -> str:
@@ -90,18 +107,35 @@ def table(language: str) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, language: str) -> str:
-    """``text`` with the table between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(language)}\n{END}{after}"
+def operations(language: str) -> str:
+    """The Markdown table of operations, those of :data:`OPERATIONS`."""
+    heads = OPERATION_HEADS[language]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|---:|---|---:|---:|---:|"]
+    shown = [item for item in comparisons(RESULTS) if item.ours.case in OPERATIONS and "CPU" not in item.ours.machine]
+    for item in sorted(shown, key=lambda item: (item.ours.machine, OPERATIONS.index(item.ours.case))):
+        ours, best = item.ours, item.best
+        other = [best.implementation, f"{best.ms:.3f}", f"{best.ms / ours.ms:.2f}×"] if best else ["", "", ""]
+        share = f"{ours.share:.0%}" if ours.share is not None else ""
+        lines.append("| " + " | ".join([ours.machine, ours.case, f"{ours.ms:.3f}", *other, share]) + " |")
+    return "\n".join(lines)
+
+
+def with_tables(text: str, language: str) -> str:
+    """``text`` with each table between its marks, where it has them."""
+    tables = {"table": table, "ops": operations}
+    for mark in MARKS:
+        begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}\n{tables[mark](language)}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main() -> int:
     stale = 0
     for language, path in READMES.items():
         text = path.read_text(encoding="utf-8")
-        wanted = with_table(text, language)
+        wanted = with_tables(text, language)
         if text != wanted:
             stale = 1
             if "--check" not in sys.argv:
