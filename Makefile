@@ -66,7 +66,7 @@ check: install ## ruff, mypy, clang-format
 
 # One file of results a machine; MORE takes options, say MORE=--basetemp=/mnt/nvme/bench for another disk.
 RESULTS = bench/results/$$($(BIN)/python -c 'from mhaffn.machine import file_name; print(file_name("$(1)"))').json
-BENCH = $(BIN)/python -m pytest bench --benchmark-only --benchmark-group-by=param:case $(MORE)
+BENCH = $(BIN)/python -m pytest bench --benchmark-only $(MORE)
 
 bench: install ## pytest-benchmark on this machine's processor and disk
 	$(BENCH) -m "not gpu" --benchmark-json=$(call RESULTS,cpu)

@@ -1,6 +1,6 @@
 """The stream under pytest-benchmark: passes beside their slowest link alone, and beside other ways to run from disk.
 
-    pytest bench/bench_stream.py --benchmark-only --benchmark-group-by=param:case --basetemp=/mnt/fast/bench
+    pytest bench/bench_stream.py --benchmark-only --basetemp=/mnt/fast/bench
     pytest bench/bench_stream.py -m gpu …                          eight layers of 70B width, and other tools
 
 The disk is that of ``--basetemp``. What is measured, and how, is in ``stream_passes.py`` and ``stream_peers.py``.
@@ -72,7 +72,7 @@ def test_passes(benchmark, shape, case, peer, rows, tmp_path_factory):
     alone = [sample / ratio for sample, ratio in zip(row["samples"], row["ratios"], strict=True)]
     kept = ("layers", "gib_per_s", "bound_link", "ratio", "predicted", "engine", "direct", "ssd_busy")
     benchmark.extra_info.update({name: row[name] for name in kept} | about())
-    CLOCK.report(benchmark, row["samples"] if peer == OURS else alone)
+    CLOCK.report(benchmark, f"{shape}, {case}", row["samples"] if peer == OURS else alone)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_other_tools(benchmark, case, peer, others):
     if "skipped" in row:
         pytest.skip(row["skipped"])
     benchmark.extra_info.update({name: row[name] for name in ("load_s", "peak_gpu_bytes")} | about())
-    CLOCK.report(benchmark, row[phase]["samples"])
+    CLOCK.report(benchmark, case, row[phase]["samples"])
 
 
 def about() -> dict[str, Any]:

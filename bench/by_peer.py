@@ -1,7 +1,7 @@
 """Cases under pytest-benchmark: a test for each case and implementation, timed by turns, reported one by one.
 
-``--benchmark-group-by=param:case`` puts the implementations of a case side by side. The first test of a case times
-them all by turns; each test then hands its own samples on, by way of a clock that tells device time.
+The implementations of a case are one group of the table. The first test of a case times them all by turns; each test
+then hands its own samples on, by way of a clock that tells device time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class DeviceClock:
     def __call__(self) -> float:
         return self.now_s
 
-    def report(self, benchmark: Any, samples_s: Sequence[float]) -> None:
-        """Makes ``samples_s`` the rounds of ``benchmark``."""
+    def report(self, benchmark: Any, group: str, samples_s: Sequence[float]) -> None:
+        """Makes ``samples_s`` the rounds of ``benchmark``, which is shown beside the others of ``group``."""
+        benchmark.group = group
         left = iter(samples_s)
 
         def advance() -> None:
@@ -73,4 +74,4 @@ class Recorder:
         if failed := entry.get("failed"):
             (pytest.skip if failed.startswith("not here") else pytest.fail)(failed)
         benchmark.extra_info.update(entry | {"roofs": self._bench.roofs} | self._about)
-        CLOCK.report(benchmark, [ms / 1e3 for ms in samples_ms])
+        CLOCK.report(benchmark, case.name, [ms / 1e3 for ms in samples_ms])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
+
+import pytest
 
 from mhaffn.bench import derive
 from mhaffn.bench.passes import split_plan, whole_plan
@@ -82,3 +85,56 @@ def _timeline(found: Mapping[str, float], phase: str) -> dict[str, Any]:
                 [kind, f"{layer}.{kind}", start, compute],
             ]
     return {"window_ms": compute, "spans": spans}
+
+
+def check_derived(raw: Mapping[str, Any]) -> None:
+    """Figures of a report.json, recomputed here from its samples by hand."""
+    got = {name: found["value"] for name, found in raw["derived"].items()}
+    c = raw["config"]
+    D, F, HQ, H, K = (c[name] for name in ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"))
+    T = raw["settings"]["tokens"]
+    nbytes = {"mha": 2 * (2 * D * HQ * K + 2 * D * H * K + D), "ffn": 2 * (3 * D * F + D)}
+    assert {kind: held["bytes"] for kind, held in raw["weights"].items()} == nbytes
+    ssd = {kind: median(raw, f"ssd.{kind}") for kind in nbytes}
+    copies = {kind: median(raw, f"h2d.{kind}") if f"h2d.{kind}" in raw["measured"] else 0.0 for kind in nbytes}
+    io = {kind: ssd[kind] + copies[kind] for kind in nbytes}
+    row = median(raw, "ssd.row")
+    for phase in ("prefill", "decode"):
+        compute = {kind: median(raw, f"compute.{phase}.{kind}") for kind in nbytes}
+        total, serial = sum(compute.values()), sum(compute.values()) + sum(io.values())
+        bound, executed = max(total, row, sum(copies.values())), median(raw, f"pass.{phase}.split")
+        ideal = sum(max(compute[kind], io[kind]) for kind in nbytes)
+        expected = {
+            "compute": total, "serial": serial, "bound": bound, "bound_speedup": serial / bound, "ideal": ideal,
+            "ideal_speedup": serial / ideal, "reached.split": bound / executed,
+            "executed_speedup.split": serial / executed,
+            "ssd_wanted": sum(nbytes.values()) / max(total, sum(copies.values())) * 1e3,
+        }  # fmt: skip
+        for kind in nbytes:
+            expected |= {
+                f"share.{kind}": compute[kind] / total, f"io.{kind}": io[kind],
+                f"bound.{kind}": max(compute[kind], io[kind]),
+                f"wait.{kind}": max(0.0, io[kind] - compute[kind]),
+                f"prefetch.{kind}": round(io[kind] / compute[kind]),
+                f"serial_share.ssd.{kind}": ssd[kind] / serial,
+                f"serial_share.h2d.{kind}": copies[kind] / serial,
+            }  # fmt: skip
+        for name, value in expected.items():
+            assert got[f"{phase}.{name}"] == pytest.approx(value), f"{phase}.{name}"
+    best = {name: max(map(max, raw["measured"][f"roof.{name}"])) for name in ("matmul", "memory", "ssd")}
+    flops = 2 * T * (nbytes["mha"] / 2) + 2 * T * T * HQ * K
+    assert got["prefill.roof.matmul.mha"] == pytest.approx(
+        flops / median(raw, "compute.prefill.mha") * 1e3 / best["matmul"]
+    )
+    assert got["decode.roof.memory.ffn"] == pytest.approx(
+        nbytes["ffn"] / median(raw, "compute.decode.ffn") * 1e3 / best["memory"]
+    )
+    assert got["rate.ssd.ffn"] == pytest.approx(nbytes["ffn"] / ssd["ffn"] * 1e3)
+    assert got["roof.ssd.ffn"] == pytest.approx(got["rate.ssd.ffn"] / best["ssd"])
+    for name in ("compute.prefill", "compute.decode", "ssd"):
+        split = sum(median(raw, f"{name}.{kind}") for kind in nbytes)
+        assert got[f"split_minus_whole.{name}"] == pytest.approx(split - median(raw, f"{name}.layer"))
+
+
+def median(raw: Mapping[str, Any], name: str) -> float:
+    return statistics.median(statistics.median(samples) for samples in raw["measured"][name])

@@ -20,8 +20,9 @@ from mhaffn.bench.rounds import Measurement, schedule
 from mhaffn.bench.words import WORDS
 from mhaffn.errors import ConfigError
 from mhaffn.samples import BETWEEN_RUNS, figure, summarise
-from tests.bench_reports import SEED_MS, report_of
+from tests.bench_reports import SEED_MS, check_derived, report_of
 
+REPORTS = Path(__file__).resolve().parent.parent / "docs" / "reports"
 NEAR = 0.011  # the figures are sums and differences of inputs rounded to 0.01 ms
 
 
@@ -65,6 +66,25 @@ def test_the_derived_figures_are_those_published_with_the_times(seed: dict[str, 
     assert got["prefill.roof.matmul.mha"] == pytest.approx(0.04, abs=0.005)
 
 
+@pytest.mark.parametrize("path", sorted(REPORTS.glob("*/report.json")), ids=lambda path: path.parent.name)
+def test_a_report_in_docs_is_what_its_samples_say(path: Path) -> None:
+    """Its figures from its samples, and the document from its figures."""
+    report = Report.read(path)
+    check_derived(report.raw)
+    for language, name in (("en", "report.md"), ("zh", "report.zh-CN.md")):
+        text = (path.parent / name).read_text(encoding="utf-8")
+        assert numbers(text) == numbers(document.write(dict(report.raw), language, figures.NAMES)), name
+        assert all((path.parent / f"{figure}.png").exists() for figure in figures.NAMES)
+
+
+def test_a_made_up_machines_figures_too(seed: dict[str, Any]) -> None:
+    check_derived(seed)
+    wrong = copy.deepcopy(seed)
+    wrong["derived"]["decode.bound"]["value"] *= 1.01
+    with pytest.raises(AssertionError, match=r"decode\.bound"):
+        check_derived(wrong)
+
+
 def test_every_derived_figure_lies_in_its_interval(seed: dict[str, Any]) -> None:
     for name, found in seed["derived"].items():
         assert found["low"] <= found["value"] <= found["high"], name
@@ -80,7 +100,7 @@ def test_an_interval_leaves_out_the_outer_sixths_and_is_never_too_narrow() -> No
 
 
 def test_both_languages_carry_the_same_numbers(seed: dict[str, Any]) -> None:
-    names = ["shares", "io", "timelines", "roofline"]
+    names = figures.NAMES
     english, chinese = (document.write(seed, language, names) for language in ("en", "zh"))
     assert numbers(english) == numbers(chinese)
     assert len(numbers(english)) > 300

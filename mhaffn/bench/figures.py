@@ -30,6 +30,7 @@ THINNEST = 0.002
 """The least part of a timeline's width that shows."""
 RIGHT_OF = 30
 """Operations a byte above which a point of the roofline has its label on the left."""
+NAMES = ("shares", "roofline", "io", "timelines")
 LANES = {"ssd": ("ssd",), "h2d": ("h2d",), "compute": ("mha", "ffn")}
 
 
@@ -59,15 +60,13 @@ def draw(raw: Mapping[str, Any], folder: Path, language: Language) -> tuple[list
     report, words = Report(raw), Words(language)
     style: Any = {"font.family": family, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
              "hatch.linewidth": 0.6, "axes.titlesize": 10, "axes.titleweight": "bold"}  # fmt: skip
-    drawn: dict[str, Callable[[Report, Words], Any]] = {
-        "shares": _shares, "roofline": _roofline, "io": _io, "timelines": _timelines
-    }  # fmt: skip
+    pictures: tuple[Callable[[Report, Words], Any], ...] = (_shares, _roofline, _io, _timelines)
     with matplotlib.rc_context(style):
-        for name, picture in drawn.items():
+        for name, picture in zip(NAMES, pictures, strict=True):
             figure = picture(report, words)
             figure.suptitle(f"{words('f.' + name)} — {_where(report)}", fontsize=11)
             figure.savefig(folder / f"{name}.png", dpi=DPI)
-    return list(drawn), remarks
+    return list(NAMES), remarks
 
 
 def _where(report: Report) -> str:
