@@ -1,6 +1,7 @@
 """A resident Hugging Face Llama of 8B width: replaced, unmodified (SDPA), and with Liger's patch, by turns in one run.
 
     python bench/bench_generate.py --out bench/results/h100-generate.json
+    pytest bench/bench_generate.py -m gpu --benchmark-only
 
 Random bf16 weights, made on the GPU and shared by the contenders. Three figures each, by the wall clock around whole
 calls, since host time is part of what a user waits for:
@@ -21,12 +22,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from timer import environment
+from by_peer import CLOCK
+from timer import DEVICE, environment
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
@@ -146,9 +150,10 @@ def launch(model: Any, ids: torch.Tensor, cache: DynamicCache, device: str) -> f
     return time.perf_counter() - start
 
 
-def summary(samples: list[float]) -> dict[str, float]:
+def summary(samples: list[float]) -> dict[str, Any]:
     cuts = statistics.quantiles(samples, n=5) if len(samples) > 1 else samples * 4
-    return {"median_ms": statistics.median(samples) * 1e3, "p20_ms": cuts[0] * 1e3, "p80_ms": cuts[3] * 1e3}
+    found = {"median_ms": statistics.median(samples) * 1e3, "p20_ms": cuts[0] * 1e3, "p80_ms": cuts[3] * 1e3}
+    return found | {"samples_ms": [sample * 1e3 for sample in samples]}
 
 
 def measure(models: list[Contender], ids: torch.Tensor, tokens: int, rounds: int, device: str) -> list[dict[str, Any]]:
@@ -227,6 +232,38 @@ def main() -> None:
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+CASES = {"tiny": (64, 8, 2), "8b": (2048, 128, 4)}
+"""Prompt, tokens to generate, and rounds, by width."""
+
+
+@cache
+def measured(width: str) -> dict[str, dict[str, Any]]:
+    """By implementation what :func:`measure` finds."""
+    prompt, tokens, rounds = CASES[width]
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model = random_model(width, None, DEVICE.type)
+        ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=DEVICE)
+        errors = check(model, ids[:, :256])
+        running = [c for c in contenders(model) if c.name in errors]
+        rows = measure(running, ids, tokens, rounds, DEVICE.type)
+    return {row["implementation"]: row | {"relative_error": errors[row["implementation"]]} for row in rows}
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("peer", ["unmodified", "mhaffn.replace", "Liger"])
+@pytest.mark.parametrize("case", ["prefill", "step", "generate"])
+@pytest.mark.parametrize("width", ["tiny", pytest.param("8b", marks=pytest.mark.gpu)])
+def test_generate(benchmark, width, case, peer):
+    rows = measured(width)
+    if peer not in rows:
+        pytest.skip("not here: pip install liger-kernel, and a GPU")
+    row, about = rows[peer], environment()
+    benchmark.extra_info.update({name: row[name] for name in ("relative_error", "times_unmodified")})
+    benchmark.extra_info.update({name: about[name] for name in ("versions", "clocks", "commit")})
+    CLOCK.report(benchmark, f"{width}, {case}", [ms / 1e3 for ms in row[case]["samples_ms"]])
 
 
 if __name__ == "__main__":
