@@ -169,8 +169,10 @@ class _Fields:
             if self.flag(name):
                 raise self.error(name, True, "false", UnsupportedModelError)
         if self.values.get("quantization_config") not in (None, {}):
-            value = self.values["quantization_config"]
-            raise self.error("quantization_config", value, "none", UnsupportedModelError)
+            packing = (
+                f"none: `mhaffn pack {Path(self.where).parent} DST` first, which keeps AWQ, GPTQ, compressed-tensors"
+            )
+            raise self.error("quantization_config", self.values["quantization_config"], packing, UnsupportedModelError)
         window = self.values.get("sliding_window", sliding_window)
         if window is not None:
             raise self.error("sliding_window", window, "null", UnsupportedModelError)

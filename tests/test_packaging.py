@@ -41,14 +41,15 @@ LAYERS = [
     ("planning", "machine", "report", "timeline", "samples", "roofs", "inputs"),
     ("probe",),
     ("session", "bench"),
-    ("demo", "doctor"),
+    ("demo", "doctor", "evaluate"),
     ("cli",),
     ("__main__",),
 ]
 STORE_LAYERS = [
     ("manifest", "safetensors", "gguf_header"),
-    ("format", "resolve"),
-    ("gguf",),
+    ("format", "resolve", "layout"),
+    ("awq", "gptq", "compressed_tensors", "gguf_blocks"),
+    ("gguf", "folder"),
     ("source",),
     ("places",),
     ("claim",),

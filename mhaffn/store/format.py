@@ -155,9 +155,23 @@ def survey(folder: str | Path, *, any_dtype: bool = False) -> tuple[Store, dict[
     return Store(folder, config, dtype, sublayers, resident, manifest is not None, resident_checksum), damaged
 
 
+def checkpoint_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor in the files of a checkpoint, by name; raises for the first file or tensor that cannot be used."""
+    return _Checkpoint.read(folder, None).tensors()
+
+
 def tensor_name(sublayer: Sublayer, weight: str) -> str:
     """The checkpoint's name of ``weight`` (Meta's name) in ``sublayer``."""
     return f"model.layers.{sublayer.layer}.{TENSOR_NAMES[sublayer.kind][weight]}"
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by their Hugging Face names."""
+    shapes = {RESIDENT_NAMES[name]: shape for name, shape in config.resident_shapes().items()}
+    for sublayer in order(config.num_layers):
+        for weight, shape in config.sublayer_shapes(sublayer.kind).items():
+            shapes[tensor_name(sublayer, weight)] = shape
+    return shapes
 
 
 class _Checkpoint:
@@ -190,6 +204,13 @@ class _Checkpoint:
         raise StoreError(
             f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.{hint} Download the model's safetensors files."
         )
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors; raises the first error of any."""
+        for error in (self._whole, *self._broken.values()):
+            if error is not None:
+                raise error
+        return dict(self._tensors)
 
     def names(self, name: str) -> bool:
         """Whether there is, or should be, a tensor of that name."""

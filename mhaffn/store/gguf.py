@@ -1,4 +1,4 @@
-"""A GGUF file as the source of a pack: dequantised, renamed, its rotary rows put back in order.
+"""A GGUF file as the source of a pack: dequantised or kept, renamed, its rotary rows put back in order.
 
 GGUF stores the rows of wq and wk so that llama.cpp's interleaved RoPE is right; Hugging Face's RoPE
 rotates halves. Undoing the permutation is what keeps a model right beyond its first few tokens.
@@ -7,6 +7,7 @@ rotates halves. Undoing the permutation is what keeps a model right beyond its f
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,16 @@ import numpy as np
 from mhaffn.config import SUPPORTED, ModelConfig, order
 from mhaffn.errors import ConfigError, CorruptFileError, StoreError, UnsupportedModelError
 from mhaffn.files import shown
-from mhaffn.store.format import RESIDENT_NAMES, tensor_name
+from mhaffn.store import gguf_blocks as blocks
+from mhaffn.store.format import RESIDENT_NAMES, tensor_name, tensor_shapes
 from mhaffn.store.gguf_header import check_header
 
 if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader, ReaderTensor
+
+    from mhaffn.quantized import Quantized
+    from mhaffn.store.layout import Form
 
 WEIGHT_NAMES = {
     "mha": {"wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output", "norm": "attn_norm"},
@@ -63,7 +68,7 @@ class GgufSource:
             raise CorruptFileError(f"{path} is no readable GGUF file ({error!r:.200}). Fetch it again.") from error
         _refuse_options(path, reader)
         self.config = ModelConfig.from_dict(self.config_values(), where=str(path))
-        self._names, self._shapes = _names(self.config), _shapes(self.config)
+        self._names, self._shapes = _names(self.config), tensor_shapes(self.config)
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -96,20 +101,49 @@ class GgufSource:
         import torch
         from gguf.quants import dequantize
 
-        stored = self._tensors[self._names[name]]
+        stored, rows = self._tensors[self._names[name]], self._rows(name)
         try:
-            values = dequantize(stored.data, stored.tensor_type)
+            values = dequantize(rows, stored.tensor_type)
         except NotImplementedError:
             raise UnsupportedModelError(
                 f"{self.path}: got tensor {stored.name} of type {stored.tensor_type.name}, expected one that the gguf "
                 f"package dequantises. Pack another quantisation of the model."
             ) from None
-        values = values.reshape(self._shapes[name])
+        return torch.from_numpy(np.array(values.reshape(self._shapes[name]), dtype=np.float32))
+
+    def form(self, name: str) -> Form | None:
+        shape = self._shapes[name]
+        if len(shape) != 2 or name in RESIDENT_NAMES.values():
+            return None
+        return blocks.form(self._tensors[self._names[name]].tensor_type.name, shape[1])
+
+    def weight(self, name: str) -> torch.Tensor | Quantized:
+        if self.form(name) is None:
+            return self.tensor(name)
+        stored = self._tensors[self._names[name]]
+        where = f"{self.path}: {stored.name}"
+        if stored.tensor_type.name in blocks.KEPT:
+            return blocks.keep(stored.tensor_type.name, self._rows(name), self._shapes[name][1], where)
+        return blocks.nearest(self.tensor(name), where)
+
+    def remarks(self) -> list[str]:
+        kinds = Counter(
+            self._tensors[stored].tensor_type.name for name, stored in self._names.items() if self.form(name)
+        )
+        return [
+            f"{count} matrices of type {kind} were rounded anew, to int8 in groups of {blocks.GROUP}"
+            for kind, count in kinds.items()
+            if kind not in blocks.KEPT
+        ]
+
+    def _rows(self, name: str) -> np.ndarray:
+        """What is stored for each row, ``[N, …]``, with the rows of wq and wk back in order."""
+        stored: np.ndarray = self._tensors[self._names[name]].data
         if name.endswith("q_proj.weight"):
-            values = _undo_rotary_rows(values, self.config.num_heads)
-        elif name.endswith("k_proj.weight"):
-            values = _undo_rotary_rows(values, self.config.num_kv_heads)
-        return torch.from_numpy(np.array(values, dtype=np.float32))
+            return _undo_rotary_rows(stored, self.config.num_heads)
+        if name.endswith("k_proj.weight"):
+            return _undo_rotary_rows(stored, self.config.num_kv_heads)
+        return stored
 
     def config_values(self) -> dict[str, Any]:
         return dict(self._config_values)
@@ -174,15 +208,6 @@ def _names(config: ModelConfig) -> dict[str, str]:
         for weight, name in WEIGHT_NAMES[sublayer.kind].items():
             names[tensor_name(sublayer, weight)] = f"blk.{sublayer.layer}.{name}.weight"
     return names
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes by Hugging Face's names."""
-    shapes = {RESIDENT_NAMES[name]: shape for name, shape in config.resident_shapes().items()}
-    for sublayer in order(config.num_layers):
-        for weight, shape in config.sublayer_shapes(sublayer.kind).items():
-            shapes[tensor_name(sublayer, weight)] = shape
-    return shapes
 
 
 def _shape(tensor: ReaderTensor) -> tuple[int, ...]:

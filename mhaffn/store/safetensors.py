@@ -2,7 +2,8 @@
 
 A file is ``u64 n | n bytes of JSON | tensor bytes``; the JSON maps a name to
 ``{"dtype", "shape", "data_offsets": [begin, end]}``, offsets counted from the end of the header.
-Only headers are parsed here: tensor bytes are moved by :mod:`mhaffn.reader`.
+Only headers are parsed here: what streams is moved by :mod:`mhaffn.reader`, and what a pack converts is read by
+the safetensors package.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 from mhaffn.errors import CorruptFileError, StoreError, TruncatedFileError
 from mhaffn.files import open_regular, parse_json, shown
+
+if TYPE_CHECKING:
+    import torch
 
 HEADER_BYTES_MAX = 100_000_000
 DIMENSIONS_MAX = 64
@@ -164,3 +168,15 @@ def write_header(tensors: dict[str, tuple[str, tuple[int, ...], int]], metadata:
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % align)
     return struct.pack("<Q", len(header)) + header
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """The values of a tensor, on the CPU; raises :class:`StoreError` where the file no longer gives them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(info.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(info.name)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{info.path}: tensor {info.name} cannot be read: {error}. Fetch the file again.") from error
+    return tensor

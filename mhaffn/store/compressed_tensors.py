@@ -1,0 +1,119 @@
+"""compressed-tensors: int4 and int8 packed into words, int8 and fp8 as they are; per tensor, row or group.
+
+================= ======================= ==================================================================
+tensor            dtype, shape            holds
+================= ======================= ==================================================================
+weight_packed     int32 [N, D b / 32]     pack-quantized: b bits j of word c are column ``32 c / b + j``, stored
+                                          with ``2 ** (b - 1)`` added
+weight_shape      int [2]                 beside it: N, D
+weight            int8 or fp8 [N, D]      naive-, int- and float-quantized
+weight_scale      float [N, G], [N], [1]  one for D / G neighbouring columns, for a row, for all
+weight_zero_point int32 [N b / 32, G]     packed along N where the weight is packed, otherwise int8 [N, G]
+================= ======================= ==================================================================
+
+Dequantised: ``(value - zero_point) * scale``. Which of these a layer has is read from its tensors; the config says
+what must not be passed over. Scales of activations are left: activations stay as they are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mhaffn.errors import UnsupportedModelError
+from mhaffn.files import shown
+from mhaffn.quantized import Quantized, dequantize
+from mhaffn.store.layout import FLOATS, Form, Linear, by_group, group_kept, nibbles, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision")
+ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+PARTS = ("weight_packed", "weight_shape", "weight", "weight_scale", "weight_zero_point", "weight_g_idx")
+_PLAIN = {"I8": "int8", "F8_E4M3": "fp8"}
+
+
+class CompressedTensors:
+    """Checkpoints whose quant_method is "compressed-tensors"."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        setting(config, "format", "pack-quantized", *FORMATS)
+        setting(config, "quantization_status", "compressed", "compressed", "frozen")
+        for name in ("sparsity_config", "transform_config"):
+            if config.get(name) not in (None, {}):
+                raise UnsupportedModelError(
+                    f"quantization_config: got {name} = {shown(config[name])}, expected none. "
+                    f"Pack the original model instead."
+                )
+
+    def form(self, linear: Linear) -> Form:
+        return self._form(linear)[0]
+
+    def _form(self, linear: Linear) -> tuple[Form, bool]:
+        """The form, and whether the weight is packed into words."""
+        n, d = linear.shape
+        linear.refuse_others(PARTS + ACTIVATIONS)
+        if "weight_g_idx" in linear.tensors:
+            raise linear.unsupported("got weight_g_idx (actorder = group), expected groups of neighbouring columns")
+        packed = "weight_packed" in linear.tensors
+        if packed:
+            found = linear.expect("weight_packed", ("I32",), (n, -(-d // 8)), (n, -(-d // 4)))
+            linear.expect("weight_shape", ("I64", "I32"), (2,))
+            form = "int4" if found.shape[1] == -(-d // 8) else "int8"
+        else:
+            form = _PLAIN[linear.expect("weight", tuple(_PLAIN), (n, d)).dtype]
+        scales = linear.header("weight_scale", FLOATS)
+        groups = scales.shape[1] if len(scales.shape) == 2 else 1
+        if groups == 0 or d % groups:
+            raise linear.corrupt(f"got weight_scale of shape {list(scales.shape)} for a weight of {[n, d]}")
+        linear.expect("weight_scale", FLOATS, (n, groups), (n,), (1,), (1, 1), ())
+        zeros = "weight_zero_point" in linear.tensors
+        if form == "fp8" and groups > 1:
+            raise linear.unsupported(f"got fp8 in groups of {d // groups} columns, expected a scale for each row")
+        if form == "int4":
+            if d % 8:
+                raise linear.unsupported(f"got rows of {d} columns at 4 bits, expected a multiple of 8")
+            if zeros and (n % 8 or scales.shape[:1] != (n,)):
+                raise linear.unsupported("got zero points for a whole tensor, expected them for rows or groups")
+            if zeros:
+                linear.expect("weight_zero_point", ("I32",), (n // 8, groups))
+        group = None if form == "fp8" else group_kept(linear, 8 if form == "int8" else 4, d // groups)
+        return Form(form, group, form == "int4" and zeros, FLOATS[scales.dtype]), packed
+
+    def weight(self, linear: Linear) -> Quantized:
+        import torch
+
+        form, packed = self._form(linear)
+        n, d = linear.shape
+        group = form.group or d
+        groups = d // group
+        scales = linear.finite("weight_scale")
+        scales = by_group((scales.reshape(-1, 1) if scales.dim() < 2 else scales).expand(n, -1), groups)
+        if form.name == "int4":
+            zeros = self._zeros(linear).to(scales.dtype) if form.zeros else None
+            octets = linear.read("weight_packed").view(torch.uint8)
+            self._check_shape(linear)
+            return Quantized("int4", octets, scales, by_group(zeros, groups) if zeros is not None else None, group)
+        if "weight_zero_point" in linear.tensors and bool(linear.read("weight_zero_point").to(torch.float32).any()):
+            raise linear.unsupported(f"got zero points beside {form.name} values, expected none or 0")
+        if packed:
+            self._check_shape(linear)
+            octets = linear.read("weight_packed").view(torch.uint8)[:, :d].contiguous()
+            return Quantized("int8", (octets ^ 128).view(torch.int8), scales, None, group)
+        return Quantized(
+            form.name, linear.finite("weight") if form.name == "fp8" else linear.read("weight"), scales, None,
+            group,
+        )  # fmt: skip
+
+    def floats(self, linear: Linear) -> Tensor:
+        return dequantize(self.weight(linear))
+
+    def _zeros(self, linear: Linear) -> Tensor:
+        """Zero points, uint8 ``[N, G]``: with 8 added as stored, so that they count from our zero."""
+        return nibbles(linear.read("weight_zero_point").T).T
+
+    def _check_shape(self, linear: Linear) -> None:
+        got = linear.read("weight_shape").tolist()
+        if tuple(got) != linear.shape:
+            raise linear.corrupt(f"got weight_shape {got}, expected {list(linear.shape)}")

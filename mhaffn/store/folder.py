@@ -1,0 +1,175 @@
+"""Hugging Face folders as the source of a pack: weights in float dtypes, or quantised by AWQ, GPTQ and others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhaffn.config import SUPPORTED, ModelConfig
+from mhaffn.errors import ConfigError, CorruptFileError, StoreError, UnsupportedModelError
+from mhaffn.files import read_json_object, shown
+from mhaffn.store import manifest
+from mhaffn.store.awq import Awq
+from mhaffn.store.compressed_tensors import CompressedTensors
+from mhaffn.store.format import RESIDENT_NAMES, TORCH_DTYPES, Store, checkpoint_tensors, tensor_shapes
+from mhaffn.store.gptq import Gptq
+from mhaffn.store.layout import Form, Layout, Linear
+from mhaffn.store.safetensors import TensorInfo, read_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from mhaffn.quantized import Quantized
+
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+NOT_SIDE_FILES = ("config.json", "*.index.json", manifest.NAME, manifest.UNFINISHED_NAME)
+LAYOUTS: dict[str, type[Awq] | type[Gptq] | type[CompressedTensors]] = {
+    "awq": Awq, "gptq": Gptq, "compressed-tensors": CompressedTensors,
+}  # fmt: skip
+_FETCH_AGAIN = "Fetch the model again."
+
+
+class FolderSource:
+    """A Hugging Face folder with safetensors files; its weights may mix float dtypes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._store = Store.open(path, any_dtype=True)
+        self.config = self._store.config
+        self._tensors = {t.name: t for s in self._store.sublayers.values() for t in s.tensors}
+        self._tensors |= {t.name: t for t in self._store.resident.values()}
+
+    @property
+    def dtype(self) -> str:
+        return self._store.dtype
+
+    def fingerprint(self) -> list[list[str | int]]:
+        paths = sorted({tensor.path for tensor in self._tensors.values()} | {str(self.path / "config.json")})
+        try:
+            status = {path: Path(path).stat() for path in paths}
+        except OSError as error:
+            raise StoreError(f"{error.filename} cannot be read any more: {error.strerror}. Fetch it again.") from error
+        return [[Path(path).name, found.st_size, found.st_mtime_ns] for path, found in status.items()]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return read_tensor(self._tensors[name])
+
+    def form(self, name: str) -> Form | None:
+        return None
+
+    def weight(self, name: str) -> torch.Tensor | Quantized:
+        return self.tensor(name)
+
+    def remarks(self) -> list[str]:
+        return []
+
+    def config_values(self) -> dict[str, Any]:
+        values = read_json_object(self.path / "config.json", ConfigError, "Fetch the model again.")
+        return values | {"tie_word_embeddings": self.config.tie_word_embeddings}
+
+    def side_files(self) -> Iterator[tuple[str, bytes]]:
+        paths = {path.name: path for pattern in SIDE_FILES for path in self.path.glob(pattern) if path.is_file()}
+        for name in sorted(paths):
+            if not any(fnmatchcase(name, pattern) for pattern in NOT_SIDE_FILES):
+                yield name, paths[name].read_bytes()
+
+
+class QuantizedFolderSource(FolderSource):
+    """A Hugging Face folder with a quantization_config; layers it left alone are read as they are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        values = read_json_object(path / "config.json", ConfigError, _FETCH_AGAIN)
+        self._layout = _layout(path, values.pop("quantization_config"))
+        self._tensors = checkpoint_tensors(path)
+        tied = bool(values.get("tie_word_embeddings")) and RESIDENT_NAMES["head"] not in self._tensors
+        config = ModelConfig.from_dict(values, where=str(path / "config.json"))
+        self.config = replace(config, tie_word_embeddings=tied)
+        self._linears: dict[str, Linear] = {}
+        suffixes = _by_module(self._tensors)
+        for name, shape in tensor_shapes(self.config).items():
+            module = name.removesuffix(".weight")
+            if len(shape) == 2 and name not in RESIDENT_NAMES.values() and not _is_float(suffixes, module):
+                if module not in suffixes:
+                    raise CorruptFileError(f"{path}: got no tensors of {module}, expected those of a quantised layer")
+                self._linears[name] = Linear(module, (shape[0], shape[1]), suffixes[module])
+            else:
+                self._check_plain(name, shape)
+        for linear in self._linears.values():
+            self._layout.form(linear)
+
+    def _check_plain(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self._tensors.get(name)
+        if found is None:
+            raise CorruptFileError(f"{self.path}: got no tensor {name}, expected one of {list(shape)}. {_FETCH_AGAIN}")
+        if found.dtype not in TORCH_DTYPES:
+            raise UnsupportedModelError(
+                f"{found.path}: got {name} in {found.dtype}, expected {', '.join(TORCH_DTYPES)}. "
+                f"Supported: {SUPPORTED}."
+            )
+        if found.shape != shape:
+            raise CorruptFileError(
+                f"{found.path}: got tensor {name} of shape {shown(list(found.shape))}, expected {list(shape)}, as "
+                f"config.json says. {_FETCH_AGAIN}"
+            )
+
+    @property
+    def dtype(self) -> str:
+        return TORCH_DTYPES[self._tensors[RESIDENT_NAMES["embedding"]].dtype]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        linear = self._linears.get(name)
+        return self._layout.floats(linear) if linear is not None else super().tensor(name)
+
+    def form(self, name: str) -> Form | None:
+        linear = self._linears.get(name)
+        return self._layout.form(linear) if linear is not None else None
+
+    def weight(self, name: str) -> torch.Tensor | Quantized:
+        linear = self._linears.get(name)
+        return self._layout.weight(linear) if linear is not None else super().weight(name)
+
+    def config_values(self) -> dict[str, Any]:
+        values = super().config_values()
+        del values["quantization_config"]
+        return values
+
+
+def quantization(path: Path) -> object:
+    """The quantization_config in the folder's config.json; None where there is none."""
+    try:
+        return read_json_object(path / "config.json", ConfigError, _FETCH_AGAIN).get("quantization_config")
+    except FileNotFoundError:
+        return None
+
+
+def _layout(path: Path, config: object) -> Layout:
+    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    if not isinstance(config, Mapping) or not isinstance(method, str) or method not in LAYOUTS:
+        got = f"quant_method = {shown(method)}" if isinstance(config, Mapping) else shown(config)
+        raise UnsupportedModelError(
+            f"{path / 'config.json'}: got quantization_config with {got}, expected one of {', '.join(LAYOUTS)}. "
+            f"Pack the original model instead."
+        )
+    try:
+        return LAYOUTS[method](config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path / 'config.json'}: {error}") from None
+
+
+def _by_module(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """Tensors by the module they belong to, then by suffix."""
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        modules.setdefault(module, {})[suffix] = info
+    return modules
+
+
+def _is_float(modules: Mapping[str, Mapping[str, TensorInfo]], module: str) -> bool:
+    """Whether the module's weight lies there as floats: a layer that was not quantised."""
+    found = modules.get(module, {}).get("weight")
+    return found is not None and found.dtype in TORCH_DTYPES

@@ -1,0 +1,165 @@
+"""What a quantised checkpoint stores for one matrix, and what every such layout is held to.
+
+A layout says from headers alone what a matrix will be (:class:`Form`), then makes it of the stored tensors. Values
+keep their width; groups that :class:`~mhaffn.quantized.Quantized` does not know are cut into shorter ones with the
+same scale, which changes no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mhaffn.errors import CorruptFileError, StoreError, UnsupportedModelError
+from mhaffn.files import shown
+from mhaffn.quantized import GROUPS
+from mhaffn.store.safetensors import TensorInfo, read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mhaffn.quantized import Quantized
+
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+"""Dtypes that scales may have: safetensors' names and torch's."""
+_FETCH_AGAIN = "Fetch the model again."
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a matrix in few bits is made of, before its bytes are read: see :mod:`mhaffn.quantized`.
+
+    ``group`` is None where a scale covers the whole row. ``scale_dtype`` is that of the zero points too.
+    """
+
+    name: str
+    group: int | None
+    zeros: bool
+    scale_dtype: str
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of a checkpoint: its name, the shape ``(N, D)`` of its weight, its tensors by suffix."""
+
+    name: str
+    shape: tuple[int, int]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def path(self) -> str:
+        return next(iter(self.tensors.values())).path
+
+    def corrupt(self, what: str) -> CorruptFileError:
+        return CorruptFileError(f"{self.path}: {self.name}: {what}. {_FETCH_AGAIN}")
+
+    def unsupported(self, what: str, advice: str = "Pack the original model instead.") -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.path}: {self.name}: {what}. {advice}")
+
+    def header(self, suffix: str, dtypes: Collection[str]) -> TensorInfo:
+        """The header of a part that must be there, in one of ``dtypes``."""
+        found = self.tensors.get(suffix)
+        if found is None:
+            raise self.corrupt(f"got no {suffix}, expected one beside {', '.join(sorted(self.tensors))}")
+        if found.dtype not in dtypes:
+            raise self.corrupt(f"got {suffix} in {found.dtype}, expected {' or '.join(dtypes)}")
+        return found
+
+    def expect(self, suffix: str, dtypes: Collection[str], *shapes: tuple[int, ...]) -> TensorInfo:
+        """The header of a part that must have one of ``shapes``."""
+        found = self.header(suffix, dtypes)
+        if found.shape not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+            raise self.corrupt(
+                f"got {suffix} of shape {shown(list(found.shape))}, expected {expected}: "
+                f"the weight is {list(self.shape)}"
+            )
+        return found
+
+    def refuse_others(self, known: tuple[str, ...]) -> None:
+        """Raises for a part that would change what the layer computes; a bias may be there if it is all zeros."""
+        for suffix in sorted(self.tensors.keys() - set(known)):
+            if suffix != "bias":
+                raise self.unsupported(f"got a tensor {shown(suffix)}, expected {', '.join(known)}")
+            if bool(self.read("bias").count_nonzero()):
+                raise self.unsupported("got a bias that is not all zeros, expected none")
+
+    def read(self, suffix: str) -> Tensor:
+        return read_tensor(self.tensors[suffix])
+
+    def finite(self, suffix: str) -> Tensor:
+        """A part's values; raises where one is NaN or infinite."""
+        values = self.read(suffix)
+        require_finite(values, f"{self.path}: {self.name}.{suffix}")
+        return values
+
+
+class Layout(Protocol):
+    """How a family of checkpoints stores its matrices."""
+
+    def form(self, linear: Linear) -> Form:
+        """What :meth:`weight` will give; raises what the headers show to be wrong."""
+
+    def weight(self, linear: Linear) -> Quantized:
+        """The matrix as stored; raises :class:`CorruptFileError` or :class:`UnsupportedModelError`."""
+
+    def floats(self, linear: Linear) -> Tensor:
+        """The matrix dequantised to float32, also where :meth:`weight` has no way to keep it."""
+
+
+def require_finite(values: Tensor, where: str) -> None:
+    """Raises :class:`CorruptFileError` where a value is NaN or infinite."""
+    import torch
+
+    wide = values.to(torch.float32)  # float8 has no isfinite
+    if not bool(wide.isfinite().all()):
+        bad = wide[~wide.isfinite()][0].item()
+        raise CorruptFileError(f"{where}: got {bad}, expected finite numbers. {_FETCH_AGAIN}")
+
+
+def group_kept(linear: Linear, bits: int, group: int) -> int | None:
+    """The group to keep a stored group of ``group`` columns in: itself, or the longest known one that divides it.
+
+    None, the whole row, where that is the group and 8 bits can have it.
+    """
+    if bits == 8 and group == linear.shape[1]:
+        return None
+    fits = [known for known in GROUPS if group % known == 0]
+    if not fits:
+        raise linear.unsupported(f"got groups of {group} columns, expected a multiple of {GROUPS[0]}")
+    return max(fits)
+
+
+def by_group(values: Tensor, groups: int) -> Tensor:
+    """``[N, G]`` stretched to ``[N, groups]``, each value for as many groups as its own is cut into."""
+    return values.repeat_interleave(groups // values.shape[1], dim=1).contiguous()
+
+
+def nibbles(words: Tensor) -> Tensor:
+    """int32 ``[R, C]`` to its 4-bit numbers, uint8 ``[R, 8 C]``, lowest bits first."""
+    import torch
+
+    octets = words.contiguous().view(torch.uint8)
+    return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)
+
+
+def pairs(codes: Tensor) -> Tensor:
+    """Numbers below 16, uint8 ``[N, D]``, two to a byte: uint8 ``[N, D / 2]``, the even column in the low half."""
+    return (codes[:, ::2] | codes[:, 1::2] << 4).contiguous()
+
+
+def setting(config: Mapping[str, Any], name: str, default: Any, *expected: Any) -> Any:
+    """``config[name]``, which must be one of ``expected``; of what is not, the error says so."""
+    value = config.get(name, default)
+    if not any(type(value) is type(known) and value == known for known in expected):
+        raise UnsupportedModelError(
+            f"quantization_config: got {name} = {shown(value)}, expected {' or '.join(map(repr, expected))}. "
+            f"Pack the original model instead."
+        )
+    return value
+
+
+def too_large(where: str, dtype: str) -> StoreError:
+    """The error for a scale that its dtype cannot hold."""
+    return StoreError(f"{where}: got a scale that overflows {dtype}, expected a smaller one. {_FETCH_AGAIN}")
