@@ -270,6 +270,55 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="The text, in UTF-8: some thousand tokens or more.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Compare with this model too, as the one in bf16 it was made of."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window [2048, or what the model knows, if less].")
+    ] = None,
+    gpu: GpuOption = "auto",
+    dram: DramOption = "auto",
+    device: DeviceOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=_writable, help="Write the figures to this file; - is stdout.")
+    ] = None,
+) -> None:
+    """Measure what a model makes of a text: perplexity, and how far it is from a reference (KL divergence).
+
+    Both models are streamed; --gpu and --dram count for each of them. Ctrl-C ends with what was measured so far.
+
+        mhaffn eval ~/models/llama-70b-int4 --text book.txt --reference ~/models/llama-70b
+    """
+    from mhaffn.evaluate import evaluate as measure
+    from mhaffn.session import Options
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        found = measure(
+            model,
+            text,
+            reference=reference,
+            context=context,
+            options=Options(gpu=gpu, dram=dram, device=device),
+            progress=lambda done, total: bar.update(task, description="evaluating", completed=done, total=total),
+        )
+    (console if json_file == Path("-") else Console()).print(found.summary(), highlight=False, soft_wrap=True)
+    content = json.dumps(found.to_dict(), indent=1) + "\n"
+    if json_file == Path("-"):
+        print(content, end="")
+    elif json_file is not None:
+        json_file.write_text(content, encoding="utf-8")
+    if not found.finished:
+        console.print("interrupted", style="yellow")
+        raise typer.Exit(130)
+
+
 @app.command()
 def plan(
     model: Annotated[str | None, typer.Argument(help="A model folder or hub id; only its config.json is read.")] = None,

@@ -70,6 +70,25 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
         supported, and what the stream raises when a read fails.
         """
         self._refuse(kwargs)
+        hidden, cache = self.hidden(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        with memory_errors():
+            logits = self.runner.head(hidden[:, keep])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache is not False else None)
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+    ) -> tuple[torch.Tensor, Cache | None]:
+        """One pass up to the head: normalised hidden states ``[B, T, D]``, and the cache that holds its keys.
+
+        Arguments and errors as of :meth:`forward`.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
         x = self.runner.embed(input_ids) if input_ids is not None else inputs_embeds
@@ -91,12 +110,7 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
             cache=past_key_values,
         )  # fmt: skip
         with memory_errors():
-            hidden = self.runner.forward(x, context)
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.runner.head(hidden[:, keep])
-        return CausalLMOutputWithPast(
-            logits=logits, past_key_values=past_key_values if use_cache is not False else None
-        )
+            return self.runner.forward(x, context), past_key_values
 
     def _mask(
         self,
