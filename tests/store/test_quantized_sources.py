@@ -8,6 +8,7 @@ AWQ's and GPTQ's packers need a GPU to import, so theirs are written out here as
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,7 +27,7 @@ from mhaffn.quantized import GROUPS, Quantized, dequantize
 from mhaffn.store import pack
 from mhaffn.store.awq import PARTS
 from mhaffn.store.source import Source, open_source
-from tests.store.models import write_model
+from tests.store.models import CONFIG, random_weights, write_model
 from tests.store.test_gguf import permuted, write_gguf
 
 WIDTHS = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -513,3 +516,53 @@ def test_packing_a_quantised_folder(tmp_path: Path) -> None:
     write(tmp_path / "model", awq(), AWQ)
     store = pack(tmp_path / "model", tmp_path / "packed")
     assert store.packed and store.config.hidden_size == 256
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of one layer in each layout."""
+    folder = tmp_path_factory.mktemp("small")
+    for name, packer, config in (("awq", awq(32), AWQ), ("gptq", gptq(32), GPTQ), ("compressed", by_hand, PACKED)):
+        write(folder / name, packer, config, num_hidden_layers=1)
+    return {path.name: path for path in folder.iterdir()}
+
+
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 4, 8, 32, 64, 128, 256, 512, 2**40]), max_size=3)
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed"])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_damaged_headers(layout: str, data: st.DataObject, small: dict[str, Path], tmp_path_factory: Any) -> None:
+    """Parts of other shapes and dtypes, gone, or of other bytes: kept or refused with a typed error."""
+    folder = tmp_path_factory.mktemp("damaged")
+    stored = load_file(small[layout] / "model.safetensors")
+    values = json.loads((small[layout] / "config.json").read_text())
+    for name in data.draw(st.lists(st.sampled_from(sorted(n for n in stored if "proj" in n)), max_size=4, unique=True)):
+        shape = data.draw(SHAPES)
+        dtype = data.draw(st.sampled_from([torch.int32, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn]))
+        tensor = torch.full(tuple(shape), 3).to(dtype) if math.prod(shape) < 2**20 else None
+        choice = data.draw(st.sampled_from(["gone", "reshaped", "renamed", "bits"]))
+        if choice == "gone" or tensor is None:
+            del stored[name]
+        elif choice == "reshaped":
+            stored[name] = tensor
+        elif choice == "renamed":
+            stored[name + data.draw(st.sampled_from(["x", "_g_idx", ".weight"]))] = stored.pop(name)
+        else:
+            octets = stored[name].reshape(-1).view(torch.uint8)
+            octets[data.draw(st.integers(0, len(octets) - 1))] = data.draw(st.integers(0, 255))
+    anything = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+    settings_ = values["quantization_config"]
+    for name in data.draw(st.lists(st.sampled_from([*sorted(settings_), "sym", "desc_act", "format"]), max_size=2)):
+        settings_[name] = data.draw(anything)
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    try:
+        source = open_source(folder)
+        for name in random_weights(CONFIG | WIDTHS | {"num_hidden_layers": 1}):
+            weight = source.weight(name)
+            if isinstance(weight, Quantized):
+                assert bool(dequantize(check(source, name, weight)).isfinite().all())
+    except MhaffnError as error:
+        assert str(folder) in str(error)
