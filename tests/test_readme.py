@@ -18,6 +18,11 @@ def test_the_tables_are_those_of_the_results() -> None:
     assert check.returncode == 0, "run: python bench/readme_table.py"
 
 
+def test_the_tables_of_quality_are_those_of_the_results() -> None:
+    check = subprocess.run([sys.executable, ROOT / "bench" / "quality.py", "--check"], cwd=ROOT)
+    assert check.returncode == 0, "run: python bench/quality.py --render"
+
+
 def test_both_languages_carry_the_same_numbers_and_links() -> None:
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")]
     tables = [

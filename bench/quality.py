@@ -1,0 +1,214 @@
+"""What each format costs in quality: SmolLM2 on a text, and matrices of known kinds.
+
+python bench/quality.py            measures, into bench/results/quality.json, and writes the tables of docs/quality.md
+python bench/quality.py --render   writes the tables alone
+python bench/quality.py --check    exits with 1 where docs/quality.md differs from the results
+
+Takes half an hour on two cores and 2 GB in the temporary folder. Weights are dequantised to float32 and the model runs
+in float32, so what is measured is the format, without the rounding of activations or kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mhaffn.config import KINDS, order
+from mhaffn.demo import PACKAGE, fetch_gguf
+from mhaffn.evaluate import evaluate
+from mhaffn.formats import Format
+from mhaffn.machine import describe
+from mhaffn.quantize import quantize
+from mhaffn.quantized import dequantize
+from mhaffn.session import Options
+from mhaffn.store import Store, pack
+from mhaffn.store.format import tensor_name
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCUMENT = ROOT / "bench" / "results" / "quality.json", ROOT / "docs" / "quality.md"
+TEXT_PACKAGE, TEXT_MEMBER = "wordcloud==1.9.6", "examples/alice.txt"
+TEXT_SHA256 = "f00b287e63f5ae3442dc5b9c4bf18650adaf3b7f5034f7be5460089b934a0752"
+TEXT_BEGIN, TEXT_CHARACTERS = "CHAPTER I.", 16000
+CONTEXT = 1024
+FORMATS = ("int8", "int8:64", "fp8", "int4:128", "int4:64", "int4:64:zeros", "int4:32")
+PARTS = {"FFN": ("ffn",), "MHA": ("mha",), "both": KINDS}
+WAYS = ("nearest", "searched")
+MATRIX_FORMATS = ("int8", "int8:128", "fp8", "int4:128", "int4:64", "int4:32", "int4:128:zeros", "int4:64:zeros")
+
+
+def main() -> int:
+    if "--check" in sys.argv:
+        return DOCUMENT.read_text(encoding="utf-8") != rendered()
+    if "--render" not in sys.argv:
+        measure()
+    DOCUMENT.write_text(rendered(), encoding="utf-8")
+    return 0
+
+
+def measure() -> None:
+    started_s = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        text = folder / "text.txt"
+        text.write_text(fetch_text(folder), encoding="utf-8")
+        reference = pack(fetch_gguf(folder), folder / "reference", dtype="float32")
+        rows = list(model_rows(reference, text, folder / "variant"))
+        plain = evaluate(reference.path, text, context=CONTEXT, options=Options(device="cpu"))
+    values = {
+        "machine": describe(),
+        "model": f"SmolLM2-135M-Instruct, Q4_1 in {PACKAGE}",
+        "text": f"{TEXT_CHARACTERS} characters of {TEXT_MEMBER} in {TEXT_PACKAGE}'s source, from {TEXT_BEGIN!r}",
+        "context": CONTEXT,
+        "tokens": plain.tokens,
+        "perplexity": plain.perplexity,
+        "rows": rows,
+        "matrices": list(matrix_rows()),
+        "seconds": time.perf_counter() - started_s,
+    }
+    RESULTS.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def fetch_text(scratch: Path) -> str:
+    """Alice's Adventures in Wonderland, in the public domain, out of a source package; front matter left off."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "wordcloud", TEXT_PACKAGE]
+    subprocess.run([*command, "-d", str(scratch)], check=True)
+    (archive,) = scratch.glob("wordcloud-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        (member,) = [name for name in packed.getnames() if name.endswith(TEXT_MEMBER)]
+        file = packed.extractfile(member)
+        assert file is not None
+        content = file.read()
+    found = hashlib.sha256(content).hexdigest()
+    if found != TEXT_SHA256:
+        raise SystemExit(f"{member}: got SHA-256 {found}, expected {TEXT_SHA256}")
+    whole = content.decode("utf-8-sig").replace("\r\n", "\n")
+    return whole[whole.index(TEXT_BEGIN) :][:TEXT_CHARACTERS]
+
+
+def model_rows(reference: Store, text: Path, variant: Path) -> Iterator[dict[str, Any]]:
+    """Each format, way and part: bits a weight, perplexity and divergence."""
+    weights = {n: t for path in reference.path.glob("*.safetensors") for n, t in load_file(path).items()}
+    names = {
+        tensor_name(sublayer, weight): sublayer.kind
+        for sublayer in order(reference.config.num_layers)
+        for weight, shape in reference.config.sublayer_shapes(sublayer.kind).items()
+        if len(shape) == 2
+    }
+    variant.mkdir()
+    for path in reference.path.iterdir():
+        if path.name == "config.json" or "token" in path.name:
+            (variant / path.name).write_bytes(path.read_bytes())
+    for name in FORMATS:
+        for way in WAYS:
+            made, nbytes, fallen = {}, dict.fromkeys(KINDS, 0), set()
+            for tensor, kind in names.items():
+                format = Format.parse(name)
+                if not format.fits(tuple(weights[tensor].shape)):
+                    format = Format.parse(name.replace("128", "64"))
+                    fallen.add(tensor)
+                record = quantize(weights[tensor], format, nearest=way == "nearest")
+                made[tensor], nbytes[kind] = dequantize(record), nbytes[kind] + record.nbytes
+            for part, kinds in PARTS.items():
+                chosen = {tensor: made[tensor] for tensor, kind in names.items() if kind in kinds}
+                save_file(weights | chosen, variant / "model.safetensors", {"format": "pt"})
+                found = evaluate(
+                    variant, text, reference=reference.path, context=CONTEXT, options=Options(device="cpu")
+                )
+                yield {
+                    "format": name, "way": way, "part": part, "perplexity": found.perplexity, "kl": found.kl,
+                    "bits": 8 * sum(nbytes[k] for k in kinds) / sum(weights[t].numel() for t in chosen),
+                    "fallen_to_64": len(fallen & chosen.keys()) / len(chosen),
+                }  # fmt: skip
+                print(f"{name:14} {way:9} {part:5} KL {found.kl:.3e} perplexity {found.perplexity:.4f}", flush=True)
+
+
+def matrices() -> dict[str, torch.Tensor]:
+    """float32 ``[1024, 4096]``, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    gaussian = torch.randn(1024, 4096, generator=generator)
+    heavy = torch.randn(1024, 4096, generator=generator)
+    freedom = torch.stack([torch.randn(1024, 4096, generator=generator).square() for _ in range(3)]).mean(0)
+    columns = gaussian.clone()
+    columns[:, torch.randperm(4096, generator=generator)[:40]] *= 20
+    return {
+        "Gaussian": gaussian,
+        "heavy-tailed (Student t, 3 degrees)": heavy / freedom.sqrt(),
+        "Gaussian, 1 % of columns × 20": columns,
+    }
+
+
+def matrix_rows() -> Iterator[dict[str, Any]]:
+    """Relative error of the output, ``‖(W - W') x‖ / ‖W x‖``, over 64 Gaussian inputs."""
+    inputs = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
+    for kind, matrix in matrices().items():
+        exact = matrix @ inputs
+        for name in MATRIX_FORMATS:
+            for way in WAYS:
+                record = quantize(matrix, Format.parse(name), nearest=way == "nearest")
+                error = ((dequantize(record) @ inputs - exact).norm() / exact.norm()).item()
+                bits = 8 * record.nbytes / matrix.numel()
+                yield {"matrix": kind, "format": name, "way": way, "bits": bits, "error": error}
+
+
+def rendered() -> str:
+    """docs/quality.md with the tables between its marks made of the results."""
+    values = json.loads(RESULTS.read_text(encoding="utf-8"))
+    page = DOCUMENT.read_text(encoding="utf-8")
+    for mark, table in (("model", model_table(values)), ("matrices", matrix_table(values))):
+        begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+        head, _, rest = page.partition(begin)
+        page = head + begin + "\n" + table + "\n" + end + rest.partition(end)[2]
+    return page
+
+
+def model_table(values: dict[str, Any]) -> str:
+    at = {(row["format"], row["way"], row["part"]): row for row in values["rows"]}
+    lines = [
+        f"Unquantised: perplexity {values['perplexity']:.3f} over {values['tokens']} tokens, "
+        f"windows of {values['context']}.",
+        "",
+        "| format | part | bits a weight | KL, nearest | KL, searched | change | perplexity, nearest | searched |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in FORMATS:
+        for part in PARTS:
+            nearest, searched = (at[name, way, part] for way in WAYS)
+            if nearest["fallen_to_64"] == 1:
+                continue
+            label = f"`{name}`" + (" ¹" if nearest["fallen_to_64"] else "")
+            lines.append(
+                f"| {label} | {part} | {nearest['bits']:.2f} | {nearest['kl']:.2e} | {searched['kl']:.2e} | "
+                f"{searched['kl'] / nearest['kl'] - 1:+.0%} | {nearest['perplexity']:.3f} | "
+                f"{searched['perplexity']:.3f} |"
+            )
+    lines += ["", "¹ `w2` alone: its 1536 columns are a multiple of 128; all others have 576, and groups of 64.", ""]
+    return "\n".join(lines)
+
+
+def matrix_table(values: dict[str, Any]) -> str:
+    kinds = list(dict.fromkeys(row["matrix"] for row in values["matrices"]))
+    at = {(row["matrix"], row["format"], row["way"]): row for row in values["matrices"]}
+    lines = [
+        "| format | bits a weight | " + " | ".join(kinds) + " |",
+        "|---|---|" + "---|" * len(kinds),
+    ]
+    for name in MATRIX_FORMATS:
+        cells = [" → ".join(f"{at[kind, name, way]['error']:.2%}" for way in WAYS) for kind in kinds]
+        bits = at[kinds[0], name, "nearest"]["bits"]
+        lines.append(f"| `{name}` | {bits:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
