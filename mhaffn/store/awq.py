@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mhaffn.formats import Format
 from mhaffn.quantized import Quantized, dequantize
-from mhaffn.store.layout import FLOATS, Form, Linear, by_group, group_kept, nibbles, pairs, setting
+from mhaffn.store.layout import FLOATS, Linear, by_group, group_kept, nibbles, pairs, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ class Awq:
         version = config.get("version", config.get("format", "gemm"))
         setting({"version": version.lower() if isinstance(version, str) else version}, "version", None, "gemm")
 
-    def form(self, linear: Linear) -> Form:
+    def format(self, linear: Linear) -> Format:
         n, d = linear.shape
         linear.refuse_others(PARTS)
         linear.expect("qweight", ("I32",), (d, n // 8))
@@ -45,11 +46,11 @@ class Awq:
             raise linear.corrupt(f"got scales of shape {list(scales.shape)} for a weight of {[n, d]}")
         linear.expect("scales", FLOATS, (groups, n))
         linear.expect("qzeros", ("I32",), (groups, n // 8))
-        return Form("int4", group_kept(linear, 4, d // groups), True, FLOATS[scales.dtype])
+        return Format("int4", group_kept(linear, 4, d // groups), True, FLOATS[scales.dtype])
 
     def weight(self, linear: Linear) -> Quantized:
-        form = self.form(linear)
-        group = form.group or linear.shape[1]
+        format = self.format(linear)
+        group = format.group or linear.shape[1]
         scales, groups = linear.finite("scales").T, linear.shape[1] // group
         zeros = _rows(linear.read("qzeros")).T.to(scales.dtype)
         values = pairs(_rows(linear.read("qweight")).T)

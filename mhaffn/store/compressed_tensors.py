@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from mhaffn.errors import UnsupportedModelError
 from mhaffn.files import shown
+from mhaffn.formats import Format
 from mhaffn.quantized import Quantized, dequantize
-from mhaffn.store.layout import FLOATS, Form, Linear, by_group, group_kept, nibbles, setting
+from mhaffn.store.layout import FLOATS, Linear, by_group, group_kept, nibbles, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,11 +48,11 @@ class CompressedTensors:
                     f"Pack the original model instead."
                 )
 
-    def form(self, linear: Linear) -> Form:
-        return self._form(linear)[0]
+    def format(self, linear: Linear) -> Format:
+        return self._format(linear)[0]
 
-    def _form(self, linear: Linear) -> tuple[Form, bool]:
-        """The form, and whether the weight is packed into words."""
+    def _format(self, linear: Linear) -> tuple[Format, bool]:
+        """The format, and whether the weight is packed into words."""
         n, d = linear.shape
         linear.refuse_others(PARTS + ACTIVATIONS)
         if "weight_g_idx" in linear.tensors:
@@ -60,49 +61,49 @@ class CompressedTensors:
         if packed:
             found = linear.expect("weight_packed", ("I32",), (n, -(-d // 8)), (n, -(-d // 4)))
             linear.expect("weight_shape", ("I64", "I32"), (2,))
-            form = "int4" if found.shape[1] == -(-d // 8) else "int8"
+            name = "int4" if found.shape[1] == -(-d // 8) else "int8"
         else:
-            form = _PLAIN[linear.expect("weight", tuple(_PLAIN), (n, d)).dtype]
+            name = _PLAIN[linear.expect("weight", tuple(_PLAIN), (n, d)).dtype]
         scales = linear.header("weight_scale", FLOATS)
         groups = scales.shape[1] if len(scales.shape) == 2 else 1
         if groups == 0 or d % groups:
             raise linear.corrupt(f"got weight_scale of shape {list(scales.shape)} for a weight of {[n, d]}")
         linear.expect("weight_scale", FLOATS, (n, groups), (n,), (1,), (1, 1), ())
         zeros = "weight_zero_point" in linear.tensors
-        if form == "fp8" and groups > 1:
+        if name == "fp8" and groups > 1:
             raise linear.unsupported(f"got fp8 in groups of {d // groups} columns, expected a scale for each row")
-        if form == "int4":
+        if name == "int4":
             if d % 8:
                 raise linear.unsupported(f"got rows of {d} columns at 4 bits, expected a multiple of 8")
             if zeros and (n % 8 or scales.shape[:1] != (n,)):
                 raise linear.unsupported("got zero points for a whole tensor, expected them for rows or groups")
             if zeros:
                 linear.expect("weight_zero_point", ("I32",), (n // 8, groups))
-        group = None if form == "fp8" else group_kept(linear, 8 if form == "int8" else 4, d // groups)
-        return Form(form, group, form == "int4" and zeros, FLOATS[scales.dtype]), packed
+        group = None if name == "fp8" else group_kept(linear, 8 if name == "int8" else 4, d // groups)
+        return Format(name, group, name == "int4" and zeros, FLOATS[scales.dtype]), packed
 
     def weight(self, linear: Linear) -> Quantized:
         import torch
 
-        form, packed = self._form(linear)
+        format, packed = self._format(linear)
         n, d = linear.shape
-        group = form.group or d
+        group = format.group or d
         groups = d // group
         scales = linear.finite("weight_scale")
         scales = by_group((scales.reshape(-1, 1) if scales.dim() < 2 else scales).expand(n, -1), groups)
-        if form.name == "int4":
-            zeros = self._zeros(linear).to(scales.dtype) if form.zeros else None
+        if format.name == "int4":
+            zeros = self._zeros(linear).to(scales.dtype) if format.zeros else None
             octets = linear.read("weight_packed").view(torch.uint8)
             self._check_shape(linear)
             return Quantized("int4", octets, scales, by_group(zeros, groups) if zeros is not None else None, group)
         if "weight_zero_point" in linear.tensors and bool(linear.read("weight_zero_point").to(torch.float32).any()):
-            raise linear.unsupported(f"got zero points beside {form.name} values, expected none or 0")
+            raise linear.unsupported(f"got zero points beside {format.name} values, expected none or 0")
         if packed:
             self._check_shape(linear)
             octets = linear.read("weight_packed").view(torch.uint8)[:, :d].contiguous()
             return Quantized("int8", (octets ^ 128).view(torch.int8), scales, None, group)
         return Quantized(
-            form.name, linear.finite("weight") if form.name == "fp8" else linear.read("weight"), scales, None,
+            format.name, linear.finite("weight") if format.name == "fp8" else linear.read("weight"), scales, None,
             group,
         )  # fmt: skip
 

@@ -21,21 +21,22 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from mhaffn.formats import Format
 from mhaffn.quantized import Quantized
-from mhaffn.store.layout import Form, by_group, require_finite, too_large
+from mhaffn.store.layout import by_group, require_finite, too_large
 
 GROUP = 32
 FLOATS = ("F64", "F32", "F16", "BF16")
 _FLOAT16_MAX = 65504.0
 
 
-def form(kind: str, columns: int) -> Form | None:
+def format(kind: str, columns: int) -> Format | None:
     """What rows of ``columns`` weights of type ``kind`` become; None for floats and for rows of no whole groups."""
     if kind in FLOATS or columns % GROUP:
         return None
     if kind in KEPT:
-        return Form("int8" if kind == "Q8_0" else "int4", GROUP, kind in ("Q4_1", "Q4_K"), "float16")
-    return Form("int8", GROUP, False, "float16")
+        return Format("int8" if kind == "Q8_0" else "int4", GROUP, kind in ("Q4_1", "Q4_K"), "float16")
+    return Format("int8", GROUP, False, "float16")
 
 
 def keep(kind: str, rows: np.ndarray, columns: int, where: str) -> Quantized:

@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mhaffn.formats import Format
 from mhaffn.quantized import INT4_ZERO, Quantized
-from mhaffn.store.layout import FLOATS, Form, Linear, by_group, group_kept, nibbles, setting
+from mhaffn.store.layout import FLOATS, Linear, by_group, group_kept, nibbles, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +40,10 @@ class Gptq:
         self._symmetric: bool = setting(config, "sym", True, True, False)
         self._in_order: bool = not setting(config, "desc_act", False, True, False)
 
-    def form(self, linear: Linear) -> Form:
+    def format(self, linear: Linear) -> Format:
         bits, groups = self._sizes(linear)
         group = group_kept(linear, bits, linear.shape[1] // groups)
-        return Form(f"int{bits}", group, not self._symmetric, FLOATS[linear.tensors["scales"].dtype])
+        return Format(f"int{bits}", group, not self._symmetric, FLOATS[linear.tensors["scales"].dtype])
 
     def _sizes(self, linear: Linear) -> tuple[int, int]:
         """Bits of a value and number of groups, by the shapes stored."""
@@ -63,14 +64,14 @@ class Gptq:
         return bits, groups
 
     def weight(self, linear: Linear) -> Quantized:
-        form, (bits, stored) = self.form(linear), self._sizes(linear)
+        format, (bits, stored) = self.format(linear), self._sizes(linear)
         index = self._columns(linear, stored)
         if index is not None:
             raise linear.unsupported(
                 "got columns out of order in g_idx (desc_act), expected groups of neighbouring columns",
                 "Quantise its values anew: pack with --ffn and --mha of your choice.",
             )
-        group = form.group or linear.shape[1]
+        group = format.group or linear.shape[1]
         groups = linear.shape[1] // group
         scales, zeros = by_group(linear.finite("scales").T, groups), self._zeros(linear, bits)
         octets = _octets(linear)

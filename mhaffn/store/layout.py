@@ -1,8 +1,8 @@
 """What a quantised checkpoint stores for one matrix, and what every such layout is held to.
 
-A layout says from headers alone what a matrix will be (:class:`Form`), then makes it of the stored tensors. Values
-keep their width; groups that :class:`~mhaffn.quantized.Quantized` does not know are cut into shorter ones with the
-same scale, which changes no value.
+A layout says from headers alone what a matrix will be (:class:`~mhaffn.formats.Format`), then makes it of the stored
+tensors. Values keep their width; groups that :class:`~mhaffn.quantized.Quantized` does not know are cut into shorter
+ones with the same scale, which changes no value.
 """
 
 from __future__ import annotations
@@ -13,30 +13,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mhaffn.errors import CorruptFileError, StoreError, UnsupportedModelError
 from mhaffn.files import shown
-from mhaffn.quantized import GROUPS
+from mhaffn.formats import GROUPS
 from mhaffn.store.safetensors import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mhaffn.formats import Format
     from mhaffn.quantized import Quantized
 
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 """Dtypes that scales may have: safetensors' names and torch's."""
 _FETCH_AGAIN = "Fetch the model again."
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a matrix in few bits is made of, before its bytes are read: see :mod:`mhaffn.quantized`.
-
-    ``group`` is None where a scale covers the whole row. ``scale_dtype`` is that of the zero points too.
-    """
-
-    name: str
-    group: int | None
-    zeros: bool
-    scale_dtype: str
 
 
 @dataclass(frozen=True)
@@ -98,7 +86,7 @@ class Linear:
 class Layout(Protocol):
     """How a family of checkpoints stores its matrices."""
 
-    def form(self, linear: Linear) -> Form:
+    def format(self, linear: Linear) -> Format:
         """What :meth:`weight` will give; raises what the headers show to be wrong."""
 
     def weight(self, linear: Linear) -> Quantized:
