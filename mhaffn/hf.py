@@ -241,6 +241,7 @@ def load(
         copies=copies,
         work=work,
         tiers=tiers,
+        stored=store.stored(),
     )
     config, generation_config = _transformers_configs(folder)
     with memory_errors():

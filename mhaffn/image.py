@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from mhaffn.errors import ChecksumError
+from mhaffn.errors import ChecksumError, CorruptFileError
+from mhaffn.formats import PLAIN
 from mhaffn.plan import DEVICE_ALIGN
 from mhaffn.reader import Extent
-from mhaffn.store import SublayerRecords
-from mhaffn.store.format import TORCH_DTYPES
+from mhaffn.store import Record, SublayerRecords
+from mhaffn.store.format import PART_DTYPES
 from mhaffn.store.safetensors import TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
+    from mhaffn.quantized import Quantized
+
 Weights = SimpleNamespace
-"""A sublayer's weights by Meta's names: tensors of layout ``[out, in]`` and ``norm`` ``[D]``."""
+"""A sublayer's weights by Meta's names, of layout ``[out, in]``, plain or in few bits, and ``norm`` ``[D]``."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,36 @@ class Image:
         if self.records.checksum is not None:
             check_digest(self.records.sublayer, self.records.tensors[0].path, digest, self.records.checksum)
 
+    def check_scales(self, memory: torch.Tensor, placements: Sequence[int] | None = None) -> None:
+        """Raises :class:`CorruptFileError` where a scale or zero point in ``memory`` (uint8) is not finite."""
+        offsets = self.offsets if placements is None else placements
+        places = {tensor.name: offset for tensor, offset in zip(self.records.tensors, offsets, strict=True)}
+        for record in self.records.records:
+            for part, tensor in record.parts.items():
+                if part != "values" and not bool(view(memory, places[tensor.name], tensor).isfinite().all()):
+                    raise CorruptFileError(
+                        f"{tensor.path}: got {part} of {self.records.sublayer}, {record.name}, that are not finite, "
+                        f"expected numbers. Pack the model again."
+                    )
+
     def views(self, memory: torch.Tensor, placements: Sequence[int] | None = None) -> Weights:
         """Typed views into ``memory`` (uint8), at ``placements`` or, by default, in this layout."""
-        offsets = iter(self.offsets if placements is None else placements)
-        weights = Weights()
-        for record in self.records.records:
-            parts = {part: view(memory, next(offsets), tensor) for part, tensor in record.parts.items()}
-            setattr(weights, record.name, parts["values"])
-        return weights
+        offsets = self.offsets if placements is None else placements
+        found = {
+            tensor.name: view(memory, offset, tensor)
+            for tensor, offset in zip(self.records.tensors, offsets, strict=True)
+        }
+        return Weights(**{record.name: _weight(record, found) for record in self.records.records})
+
+
+def _weight(record: Record, found: dict[str, torch.Tensor]) -> torch.Tensor | Quantized:
+    from mhaffn.quantized import Quantized
+
+    parts = {part: found[tensor.name] for part, tensor in record.parts.items()}
+    if record.format == PLAIN:
+        return parts["values"]
+    group = record.format.group or record.columns
+    return Quantized(record.format.name, parts["values"], parts["scales"], parts.get("zeros"), group)
 
 
 def extent_of(tensor: TensorInfo) -> Extent:
@@ -83,7 +108,7 @@ def view(memory: torch.Tensor, offset: int, tensor: TensorInfo) -> torch.Tensor:
     """
     import torch
 
-    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[tensor.dtype])
+    dtype: torch.dtype = getattr(torch, PART_DTYPES[tensor.dtype])
     raw = memory[offset : offset + tensor.nbytes]
     if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()

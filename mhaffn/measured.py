@@ -15,7 +15,8 @@ from typing import Any
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer
 from mhaffn.errors import ConfigError
-from mhaffn.forecast import BITS, PHASES, Forecast, Machine, forecast
+from mhaffn.forecast import PHASES, Forecast, Machine, forecast
+from mhaffn.formats import Formats
 from mhaffn.plan import Sizes, Workload
 from mhaffn.simulate import Links
 from mhaffn.trace import Phase
@@ -173,12 +174,10 @@ def _steps(config: ModelConfig, measured: Measured, ffn_scale: float, prefix: st
     )
     dram = replace(machine, dram=measured.dram)
     both = replace(dram, gpu=measured.gpu)
-    int8: dict[Kind, float] = {"ffn": BITS["int8"]}
-    int4: dict[Kind, float] = {"ffn": BITS["int4"]}
     return [
         forecast(f"{prefix}all from SSD", config, machine),
         forecast(f"{prefix}+ {measured.dram / 2**30:.0f} GiB DRAM", config, dram),
         forecast(f"{prefix}+ {measured.gpu / 2**30:.0f} GiB GPU", config, both),
-        forecast(f"{prefix}+ FFN in int8", config, both, int8),
-        forecast(f"{prefix}+ FFN in int4", config, both, int4),
+        forecast(f"{prefix}+ FFN in int8", config, both, Formats.parse(ffn="int8")),
+        forecast(f"{prefix}+ FFN in int4", config, both, Formats.parse(ffn="int4")),
     ]

@@ -131,6 +131,7 @@ def _load_to_host(
             image = images[number]
             if verify:
                 image.check(_hash(memory, image.records.tensors, request.placements))
+            image.check_scales(memory, request.placements)
             residents.host_images[image.records.sublayer] = memory, request.placements
         else:
             name, tensor = tensors[number - len(images)]
@@ -196,6 +197,7 @@ def _load_to_device(
                     digest.update(as_buffer(piece))
             if verify:
                 image.check(digest.hexdigest())
+            image.check_scales(memory)
             residents.weights[image.records.sublayer] = image.views(memory)
 
 

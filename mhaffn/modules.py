@@ -15,7 +15,6 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from mhaffn import ops
 from mhaffn.config import ModelConfig
@@ -82,15 +81,15 @@ class MHA(nn.Module):
         B, T, _ = x.shape
         K = self.config.head_dim
         h = ops.rms_norm(x, w.norm, self.config.norm_eps)
-        q = linear(h, w.wq).view(B, T, -1, K)
-        k = linear(h, w.wk).view(B, T, -1, K)
-        v = linear(h, w.wv).view(B, T, -1, K)
+        q = ops.linear(h, w.wq).view(B, T, -1, K)
+        k = ops.linear(h, w.wk).view(B, T, -1, K)
+        v = ops.linear(h, w.wv).view(B, T, -1, K)
         q, k = ops.rope(q, k, context.cos, context.sin)
         if context.cache is not None:
             keys, values = context.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
             k, v = keys.transpose(1, 2)[:, : context.length], values.transpose(1, 2)[:, : context.length]
         y = ops.attention(q, k, v, causal=context.causal, mask=context.mask)
-        return linear(y.reshape(B, T, -1), w.wo)
+        return ops.linear(y.reshape(B, T, -1), w.wo)
 
 
 class FFN(nn.Module):

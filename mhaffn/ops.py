@@ -29,8 +29,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .formats import GROUPS
 from .kernels import library, select
-from .quantized import GROUPS, SCALE_DTYPES, Quantized
+from .quantized import SCALE_DTYPES, Quantized
 
 __all__ = ["add_rms_norm", "attention", "ffn", "linear", "rms_norm", "rope", "rope_write"]
 
@@ -160,22 +161,20 @@ def ffn(x: Tensor, w1: Tensor | Quantized, w3: Tensor | Quantized, w2: Tensor | 
 
     x ``[..., D]``, w1 (gate) and w3 (up) ``[F, D]``, w2 (down) ``[D, F]``, as ``nn.Linear`` stores them, contiguous;
     they may be views into a larger buffer, at any 16-byte aligned offset on CUDA. -> ``[..., D]``, contiguous.
-    Intermediates are bounded: a long x goes through in chunks of rows. All three are tensors of x's dtype, or all
-    three are in few bits, of any formats.
+    Intermediates are bounded: a long x goes through in chunks of rows. Tensors are of x's dtype; weights in few bits
+    are of any formats. Where only some are in few bits, it is one product after another, without bound.
     """
     if isinstance(w1, Tensor) and isinstance(w3, Tensor) and isinstance(w2, Tensor):
         _check_inference("ffn", x, w1, w3, w2)
         _check_tensors("ffn", x=x, w1=w1, w3=w3, w2=w2)
         _check_ffn(x, w1, w3, w2)
         return cast(Tensor, torch.ops.mhaffn.ffn(x, w1, w3, w2))
-    weights = {"w1": w1, "w3": w3, "w2": w2}
-    for name, w in weights.items():
-        if not isinstance(w, Quantized):
-            _expect(False, "ffn", f"{name} type", type(w).__name__, "Quantized, as the other weights are")
-    records = cast("list[Quantized]", list(weights.values()))
+    if isinstance(w1, Tensor) or isinstance(w3, Tensor) or isinstance(w2, Tensor):
+        return linear(torch.nn.functional.silu(linear(x, w1)).mul_(linear(x, w3)), w2)
+    records = [w1, w3, w2]
     _check_inference("ffn", x)
     _check_tensors("ffn", x=x)
-    for name, record in zip(weights, records, strict=True):
+    for name, record in zip(("w1", "w3", "w2"), records, strict=True):
         _check_quantized("ffn", name, record, x, records[0].shape[0] if name == "w2" else x.shape[-1])
     if records[1].shape != records[0].shape:
         _expect(False, "ffn", "w3 shape", records[1].shape, f"{records[0].shape}, that of w1")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, format_bytes, order
 from mhaffn.errors import BudgetError, ConfigError
+from mhaffn.formats import PLAIN, Formats
 from mhaffn.placement import TIERS, Mix, Pair, Tier, fillings, least_window, windows
 from mhaffn.ring import ByteRing
 from mhaffn.simulate import Links, Work, predict
@@ -29,6 +30,8 @@ FEW_LAYERS = 8
 """Up to here one sublayer more or less matters, and so do counts and orders that are not the obvious ones."""
 SIMULATED_SUBLAYERS = 8000
 LIBRARY_BYTES = 512 << 20
+SCRATCH_BYTES = 128 << 20
+"""What products with weights in few bits hold besides."""
 CHUNK_TOKENS = 4096
 """Positions a sublayer works on at once: a longer prompt goes through its weights in several steps."""
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -98,12 +101,13 @@ class Plan:
 class Sizes:
     """Bytes of each sublayer: its weights alone, and at most what they take as an image in memory.
 
-    ``bits`` gives the bits a matrix element takes, scales included, by kind; by default those of ``dtype``.
+    ``formats`` says which sublayers are in few bits; a packed store knows each tensor's bytes, :meth:`of_store`.
     """
 
     config: ModelConfig
     dtype: str
-    bits: Mapping[Kind, float] = field(default_factory=dict)
+    formats: Formats = field(default_factory=Formats)
+    stored: Mapping[Sublayer, tuple[int, ...]] = field(default_factory=dict)
 
     def weights(self, sublayer: Sublayer) -> int:
         return sum(self._tensors(sublayer))
@@ -125,16 +129,19 @@ class Sizes:
         c = self.config
         step = 3 * c.hidden_size + 3 * c.intermediate_size + 4 * c.num_heads * c.head_dim
         elements = work.tokens * 4 * c.hidden_size + min(work.tokens, CHUNK_TOKENS) * step
-        return work.batch * (elements * ITEMSIZE[self.dtype] + c.vocab_size * 4 * 4)
+        narrow = any(len(self._tensors(s)) > len(c.sublayer_shapes(s.kind)) for s in order(c.num_layers))
+        return work.batch * (elements * ITEMSIZE[self.dtype] + c.vocab_size * 4 * 4) + narrow * SCRATCH_BYTES
 
     def fixed(self, work: Workload) -> int:
         """What every plan holds besides sublayers: embedding, norm, head, KV cache, activations."""
         return self.resident() + self.kv_cache(work) + self.activations(work)
 
-    def _tensors(self, sublayer: Sublayer) -> list[int]:
-        share = self.bits.get(sublayer.kind, 8 * ITEMSIZE[self.dtype]) / (8 * ITEMSIZE[self.dtype])
+    def _tensors(self, sublayer: Sublayer) -> tuple[int, ...]:
+        if sublayer in self.stored:
+            return self.stored[sublayer]
+        format = self.formats.of(sublayer) or PLAIN
         shapes = self.config.sublayer_shapes(sublayer.kind).values()
-        return [round(self._nbytes(shape) * (share if len(shape) > 1 else 1)) for shape in shapes]
+        return tuple(part.nbytes for shape in shapes for part in format.parts(shape, self.dtype).values())
 
     def _nbytes(self, shape: Iterable[int]) -> int:
         nbytes = ITEMSIZE[self.dtype]
@@ -165,22 +172,23 @@ def make_plan(
     work: Workload | None = None,
     tiers: Mapping[Sublayer, Tier] | None = None,
     prefetch: int | None = None,
-    bits: Mapping[Kind, float] | None = None,
+    formats: Formats | None = None,
+    stored: Mapping[Sublayer, tuple[int, ...]] | None = None,
     speeds: Speeds | None = None,
 ) -> Plan:
     """Decides the tiers within the budgets ``gpu`` and ``dram`` (bytes; None: everything streams from SSD).
 
     ``copies`` says whether the device has memory of its own, so that streamed sublayers are copied to
     it; without, there is no GPU tier, and ``gpu`` must be None. ``tiers`` fixes the placement, ``prefetch``
-    the distance instead (1 where the budgets hold no longer one). ``bits`` is that of :class:`Sizes`. With
-    the ``speeds`` of a machine placements are simulated on it.
+    the distance instead (1 where the budgets hold no longer one). ``formats`` and ``stored`` are those of
+    :class:`Sizes`. With the ``speeds`` of a machine placements are simulated on it.
 
     Raises :class:`BudgetError`, naming the minimum, when a budget cannot hold what must be there.
     """
     if prefetch is not None and prefetch < 1:
         raise ConfigError(f"got prefetch = {prefetch}, expected at least 1")
     work = work or Workload()
-    sizes = Sizes(config, dtype, bits or {})
+    sizes = Sizes(config, dtype, formats or Formats(), stored or {})
     memory = _Memory(
         images={sublayer: sizes.image(sublayer) for sublayer in order(config.num_layers)},
         fixed=sizes.fixed(work) + (LIBRARY_BYTES if copies else 0),
@@ -206,9 +214,15 @@ class _Memory:
     dram: int | None
     copies: bool
 
-    @property
-    def by_kind(self) -> Pair:
-        return self.images[Sublayer(0, "mha")], self.images[Sublayer(0, "ffn")]
+    def by_kind(self) -> list[tuple[Pair, int]]:
+        """What to count with as the size of an MHA and of an FFN, and bytes to leave free for its being wrong.
+
+        Where layers differ, that is their mean, with room for some that are larger, and then the largest.
+        """
+        sizes = [[nbytes for s, nbytes in self.images.items() if s.kind == kind] for kind in KINDS]
+        mean = -(-sum(sizes[0]) // len(sizes[0])), -(-sum(sizes[1]) // len(sizes[1]))
+        most = max(sizes[0]), max(sizes[1])
+        return [(most, 0)] if mean == most else [(mean, 2 * (sum(most) - sum(mean))), (most, 0)]
 
     def plan(self, tiers: Mapping[Sublayer, Tier], depth: int) -> Plan:
         on = {tier: [nbytes for s, nbytes in self.images.items() if tiers[s] == tier] for tier in TIERS}
@@ -243,35 +257,38 @@ class _Memory:
         """Counts by kind that fill the budgets beside rings for ``depth``; whether they really fit, plans say."""
         layers = len(self.images) // 2
         found = set()
-        for gpu in self._fillings((layers, layers), self.gpu, self.fixed, depth, 1) if self.copies else [(0, 0)]:
-            left = layers - gpu[0], layers - gpu[1]
-            fillings = self._fillings(left, self.dram, 0 if self.copies else self.fixed, depth, HUGE_PAGE)
-            found |= {Mix(layers, gpu, dram) for dram in fillings}
+        for sizes, spare in self.by_kind():
+            on_gpu = {(0, 0)}
+            if self.copies:
+                on_gpu = self._fillings((layers, layers), sizes, self.gpu, self.fixed + spare, depth, 1)
+            for gpu in on_gpu:
+                left, fixed = (layers - gpu[0], layers - gpu[1]), spare + (0 if self.copies else self.fixed)
+                fillings = self._fillings(left, sizes, self.dram, fixed, depth, HUGE_PAGE)
+                found |= {Mix(layers, gpu, dram) for dram in fillings}
         return found
 
-    def _fillings(self, most: Pair, budget: int | None, fixed: int, depth: int, grain: int) -> set[Pair]:
+    def _fillings(self, most: Pair, sizes: Pair, budget: int | None, fixed: int, depth: int, grain: int) -> set[Pair]:
         """Counts, up to ``most``, that fill ``budget`` beside ``fixed`` and a ring for those left over."""
         found = {(0, 0)}
         if budget is None:
             return found
-        mha, ffn = self.by_kind
+        mha, ffn = sizes
         everything = most[0] * mha + most[1] * ffn
         room = (budget - fixed) // grain * grain
         if everything <= room:
             return {most}
         for full in ((0, 0), (most[0], 0), (0, most[1])):  # a kind that is wholly resident needs no room in the ring
             left = most[0] - full[0], most[1] - full[1]
-            for window in windows(left, depth, self.by_kind):
+            for window in windows(left, depth, sizes):
                 ring = min(STAGING_BYTES, everything + ffn) if depth > 1 and window <= STAGING_BYTES else window
                 rest = room - -(-ring // grain) * grain - full[0] * mha - full[1] * ffn
-                found |= {(full[0] + m, full[1] + f) for m, f in fillings(rest, left, self.by_kind)}
+                found |= {(full[0] + m, full[1] + f) for m, f in fillings(rest, left, sizes)}
         if len(self.images) <= 2 * FEW_LAYERS:  # one less may let a ring fit that depends on what is left over
             found |= {(max(m - 1, 0), f) for m, f in found} | {(m, max(f - 1, 0)) for m, f in found}
         return {
             (m, f)
             for m, f in found
-            if least_window((most[0] - m, most[1] - f), depth, self.by_kind)
-            <= room - -(-(m * mha + f * ffn) // grain) * grain
+            if least_window((most[0] - m, most[1] - f), depth, sizes) <= room - -(-(m * mha + f * ffn) // grain) * grain
         }
 
 
@@ -325,7 +342,7 @@ class _Search:
 
     def rank(self, mix: Mix, depth: int) -> tuple[float, float, int]:
         """What no plan of these counts is faster than, and what else to prefer: less to move, a usual distance."""
-        nbytes = [self.weights[Sublayer(0, kind)] for kind in KINDS]
+        nbytes = [min(n for s, n in self.weights.items() if s.kind == kind) for kind in KINDS]
         links = self.speeds.links
         ssd_s = sum(count * n for count, n in zip(mix.ssd, nbytes, strict=True)) / links.ssd
         h2d_s = sum(count * n for count, n in zip(mix.off_gpu, nbytes, strict=True)) / links.h2d if links.h2d else 0.0

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer
 from mhaffn.forecast import PHASES, Forecast, Machine, changes
+from mhaffn.formats import Formats
 from mhaffn.measured import Layer, Measured
 from mhaffn.plan import TIERS, Sizes, Workload
 from mhaffn.profile import Profile
@@ -76,9 +77,14 @@ def machine_by_hand(config: ModelConfig, hardware: Hardware, work: Workload) -> 
     return Machine(Links(hardware.ssd, hardware.h2d), compute, hardware.gpu or None, hardware.dram or None, work)
 
 
-def plan_for(config: ModelConfig, machine: Machine, source: str) -> tuple[list[Forecast], RenderableType]:
-    """The machine as it is and each change alone, with the table for people; ``source`` says whose figures."""
-    found = changes(config, machine)
+def plan_for(
+    config: ModelConfig, machine: Machine, source: str, formats: Formats | None = None
+) -> tuple[list[Forecast], RenderableType]:
+    """The machine as it is and each change alone, with the table for people; ``source`` says whose figures.
+
+    ``formats`` are those to compare beside the usual ones.
+    """
+    found = changes(config, machine, formats)
     base = found[0]
     speeds = f"SSD {machine.links.ssd / 1e9:.1f} GB/s"
     if machine.links.h2d is not None:
@@ -90,11 +96,9 @@ def plan_for(config: ModelConfig, machine: Machine, source: str) -> tuple[list[F
     ]
     for phase in PHASES:
         now = base.passes[phase]
-        best = min((f for f in found[1:] if f.available), key=lambda other: other.passes[phase].seconds)
+        best = min(found[1:], key=lambda other: other.passes[phase].seconds)
         gain = now.seconds / best.passes[phase].seconds
-        advice = (
-            f"{best.name}: {gain:.2f}× faster" if gain > 1.02 else "nothing here that mhaffn can do today helps much"
-        )
+        advice = f"{best.name}: {gain:.2f}× faster" if gain > 1.02 else "none of these changes helps much"
         lines.append(Text(f"{phase}: bound by {now.binding}; most help: {advice}"))
     return found, Group(*lines)
 
@@ -110,15 +114,13 @@ def _forecast_table(found: Sequence[Forecast], title: str) -> Table:
     for item in found:
         tiers = "/".join(str(item.plan.count(tier)) for tier in TIERS)
         cells = [
-            item.name if item.available else f"{item.name}*",
+            item.name,
             tiers,
             f"{item.off_device_bytes / 2**30:.1f} GiB",
         ]
         for phase in PHASES:
             cells += [f"{item.passes[phase].seconds:.2f}", item.passes[phase].binding]
         table.add_row(*cells)
-    if not all(item.available for item in found):
-        table.caption, table.caption_justify = "* planned: mhaffn does not run narrow weights yet", "left"
     return table
 
 

@@ -98,6 +98,7 @@ class Stream:
         self._held: deque[_Arrival] = deque()
         self._freed: deque[tuple[int, int, Event]] = deque()
         self._copied: deque[tuple[_Read, Event]] = deque()
+        self._checked: set[Sublayer] = set()
         self._error: BaseException | None = None
         self._closed = self._stopping = False
         self._next = self._next_read = self._moving_pass = 0
@@ -327,8 +328,12 @@ class Stream:
                     yield Segment(source, segment.target + start, nbytes)
         request.wait()
         self._trace.add("ssd", read.sublayer, self._moving_pass, request.started_s, request.finished_s, records.nbytes)
+        image = self._images[read.sublayer]
         if digest is not None:
-            self._images[read.sublayer].check(digest.hexdigest())
+            image.check(digest.hexdigest())
+        if read.sublayer not in self._checked:
+            image.check_scales(torch.frombuffer(read.slot, dtype=torch.uint8), request.placements)
+            self._checked.add(read.sublayer)
 
     def _take_slot(self, image: Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """Room on the device, and its place; copies into it wait for the compute that last read there."""

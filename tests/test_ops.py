@@ -263,7 +263,11 @@ def test_formats_of_an_ffn_may_differ():
     w1, w3 = few_bits(64, 96, "int4", 32, True), few_bits(64, 96, "int8", 96, False)
     w2 = few_bits(96, 64, "fp8", 64, False)
     x = torch.randn(5, 96)
-    torch.testing.assert_close(ops.ffn(x, w1, w3, w2), reference.ffn(x, *(dequantize(w) for w in (w1, w3, w2))))
+    plain = [dequantize(w) for w in (w1, w3, w2)]
+    wanted = reference.ffn(x, *plain)
+    torch.testing.assert_close(ops.ffn(x, w1, w3, w2), wanted)
+    torch.testing.assert_close(ops.ffn(x, w1, plain[1], w2), wanted)
+    torch.testing.assert_close(ops.ffn(x, plain[0], plain[1], w2), wanted)
 
 
 def test_linear_of_a_plain_weight():
@@ -356,7 +360,7 @@ BAD = {
     "fp8 groups": lambda: ops.linear(randn(2, 64), few_bits(48, 64, "fp8", 32, False)),
     "linear columns": lambda: ops.linear(randn(2, 64), randn(48, 63)),
     "ffn, two kinds of weights": lambda: ops.ffn(
-        randn(2, 64), few_bits(48, 64, "int8", 32, False), randn(48, 64), randn(64, 48)
+        randn(2, 64), few_bits(48, 64, "int8", 32, False), randn(48, 63), randn(64, 48)
     ),
     "few bits w3": lambda: ops.ffn(
         randn(2, 64), *(few_bits(n, 64, "int8", 32, False) for n in (48, 47)), few_bits(64, 48, "int8", 48, False)

@@ -21,7 +21,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ("errors",),
     ("files", "swap"),
-    ("config", "quantized"),
+    ("config",),
+    ("formats",),
+    ("quantized",),
+    ("quantize",),
     ("budget", "_native"),
     ("ring", "placement"),
     ("simulate",),
@@ -52,7 +55,7 @@ STORE_LAYERS = [
     ("gguf", "folder"),
     ("source",),
     ("places",),
-    ("claim",),
+    ("claim", "maker"),
     ("pack",),
 ]
 HEAVY = ("transformers", "cupy", "rich", "typer", "gguf", "safetensors", "xxhash", "huggingface_hub", "matplotlib")

@@ -14,6 +14,7 @@ import mhaffn
 from mhaffn.config import order
 from mhaffn.demo import GGUF_NAME, default_cache, fetch_gguf, packed_model
 from mhaffn.errors import StoreError
+from mhaffn.formats import ALL_PLAIN
 from mhaffn.store import Store, pack
 
 PROMPTS = [
@@ -90,7 +91,7 @@ def test_the_gguf_path_gives_what_transformers_reads_from_the_same_file(smollm2:
     """Packed in float32 and run, against transformers on the GGUF itself: weights equal, logits within 1e-4."""
     gguf = fetch_gguf(tmp_path)
     assert gguf.name == GGUF_NAME
-    store = pack(gguf, tmp_path / "store", dtype="float32")
+    store = pack(gguf, tmp_path / "store", dtype="float32", formats=ALL_PLAIN)
     reference = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     packed = AutoModelForCausalLM.from_pretrained(store.path, dtype=torch.float32)
     expected = dict(reference.named_parameters())

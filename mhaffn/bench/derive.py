@@ -224,7 +224,6 @@ def _rows(found: Sequence[Forecast]) -> list[dict[str, Any]]:
     return [
         {
             "name": item.name,
-            "available": item.available,
             "tiers": {tier: item.plan.count(tier) for tier in TIERS},
             "off_device_bytes": item.off_device_bytes,
             "seconds": {phase: run.seconds for phase, run in item.passes.items()},

@@ -83,7 +83,7 @@ def _situation(report: Report, words: Words, situation: str, memory: str) -> str
 def _change(words: Words, item: Mapping[str, Any]) -> list[str]:
     name = words.or_as_is(item["name"])
     row = [
-        name if item["available"] else words("planned", name=name),
+        name,
         "/".join(str(count) for count in item["tiers"].values()),
     ]
     for phase in PHASES:
@@ -95,7 +95,7 @@ def _advice(report: Report, words: Words, situation: str) -> Iterator[str]:
     """The change with the greatest computed gain among those that can be made today."""
     items = report.raw["outlook"][situation]
     for phase in PHASES:
-        best = max((item for item in items[1:] if item["available"]), key=lambda item: item["gain"][phase])
+        best = max((item for item in items[1:]), key=lambda item: item["gain"][phase])
         if best["gain"][phase] > WORTH_SAYING:
             name = words.or_as_is(best["name"])
             yield words("most_help", phase=phase, name=name, gain=f"{best['gain'][phase]:.2f}×")

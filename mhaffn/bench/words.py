@@ -168,7 +168,6 @@ WORDS: dict[str, tuple[str, str]] = {
     "seconds": ("s a pass", "每遍秒数"),
     "bound_by": ("bound by", "受限于"),
     "gain": ("gain", "提升"),
-    "planned": ("{name} (planned)", "{name}（计划中）"),
     "as it is": ("as it is", "现状"),
     "SSD twice as fast": ("SSD twice as fast", "SSD 速度加倍"),
     "32 GiB more DRAM": ("32 GiB more DRAM", "增加 32 GiB 内存"),

@@ -12,7 +12,7 @@ import os
 import shlex
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,8 +50,12 @@ def refuse_occupied(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def claim(source: Source, dtype: str, placement: Placement, files: list[PackedFile]) -> Iterator[None]:
+def claim(
+    source: Source, dtype: str, made: Mapping[str, object], placement: Placement, files: list[PackedFile]
+) -> Iterator[None]:
     """Holds all folders for this source, dtype and placement: new, or left by an earlier try that did not finish.
+
+    ``made`` says how weights in few bits are made: what must be the same for an earlier try to go on.
 
     Raises :class:`StoreError` where one of them is another pack's, holds files in the way, or has no room.
     """
@@ -60,7 +64,7 @@ def claim(source: Source, dtype: str, placement: Placement, files: list[PackedFi
     _check_space(files)
     claimed: dict[str, Any] = {
         "version": manifest.VERSION, "dtype": dtype, "source": os.path.abspath(source.path),  # noqa: PTH100 – kept links
-        "files": source.fingerprint(),
+        "files": source.fingerprint(), **made,
     }  # fmt: skip
     if placement.places:
         claimed |= {"store": os.fspath(placement.target), "places": placement.to_json()}
@@ -163,8 +167,8 @@ def _check_same(folder: Path, content: bytes, claimed: dict[str, Any], placement
             f"same folders, or remove those files and {folder} to begin again."
         )
     raise StoreError(
-        f"{folder} holds an unfinished pack of another model, another dtype, or files that changed since. "
-        f"Remove it, or finish that one."
+        f"{folder} holds an unfinished pack of another model, another dtype or other formats, or files that changed "
+        f"since. Remove it, or finish that one."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 from mhaffn.config import SUPPORTED, ModelConfig
 from mhaffn.errors import ConfigError, CorruptFileError, StoreError, UnsupportedModelError
 from mhaffn.files import read_json_object, shown
+from mhaffn.formats import Format
 from mhaffn.store import manifest
-from mhaffn.store.awq import Awq
-from mhaffn.store.compressed_tensors import CompressedTensors
 from mhaffn.store.format import RESIDENT_NAMES, TORCH_DTYPES, Store, checkpoint_tensors, tensor_shapes
-from mhaffn.store.gptq import Gptq
-from mhaffn.store.layout import Form, Layout, Linear
+from mhaffn.store.layout import Layout, Linear
 from mhaffn.store.safetensors import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 NOT_SIDE_FILES = ("config.json", "*.index.json", manifest.NAME, manifest.UNFINISHED_NAME)
-LAYOUTS: dict[str, type[Awq] | type[Gptq] | type[CompressedTensors]] = {
-    "awq": Awq, "gptq": Gptq, "compressed-tensors": CompressedTensors,
-}  # fmt: skip
 _FETCH_AGAIN = "Fetch the model again."
 
 
@@ -57,7 +52,7 @@ class FolderSource:
     def tensor(self, name: str) -> torch.Tensor:
         return read_tensor(self._tensors[name])
 
-    def form(self, name: str) -> Form | None:
+    def format(self, name: str) -> Format | None:
         return None
 
     def weight(self, name: str) -> torch.Tensor | Quantized:
@@ -99,7 +94,7 @@ class QuantizedFolderSource(FolderSource):
             else:
                 self._check_plain(name, shape)
         for linear in self._linears.values():
-            self._layout.form(linear)
+            self._layout.format(linear)
 
     def _check_plain(self, name: str, shape: tuple[int, ...]) -> None:
         found = self._tensors.get(name)
@@ -124,9 +119,9 @@ class QuantizedFolderSource(FolderSource):
         linear = self._linears.get(name)
         return self._layout.floats(linear) if linear is not None else super().tensor(name)
 
-    def form(self, name: str) -> Form | None:
+    def format(self, name: str) -> Format | None:
         linear = self._linears.get(name)
-        return self._layout.form(linear) if linear is not None else None
+        return self._layout.format(linear) if linear is not None else None
 
     def weight(self, name: str) -> torch.Tensor | Quantized:
         linear = self._linears.get(name)
@@ -147,15 +142,22 @@ def quantization(path: Path) -> object:
 
 
 def _layout(path: Path, config: object) -> Layout:
+    from mhaffn.store.awq import Awq
+    from mhaffn.store.compressed_tensors import CompressedTensors
+    from mhaffn.store.gptq import Gptq
+
+    layouts: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
+        "awq": Awq, "gptq": Gptq, "compressed-tensors": CompressedTensors,
+    }  # fmt: skip
     method = config.get("quant_method") if isinstance(config, Mapping) else None
-    if not isinstance(config, Mapping) or not isinstance(method, str) or method not in LAYOUTS:
+    if not isinstance(config, Mapping) or not isinstance(method, str) or method not in layouts:
         got = f"quant_method = {shown(method)}" if isinstance(config, Mapping) else shown(config)
         raise UnsupportedModelError(
-            f"{path / 'config.json'}: got quantization_config with {got}, expected one of {', '.join(LAYOUTS)}. "
+            f"{path / 'config.json'}: got quantization_config with {got}, expected one of {', '.join(layouts)}. "
             f"Pack the original model instead."
         )
     try:
-        return LAYOUTS[method](config)
+        return layouts[method](config)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{path / 'config.json'}: {error}") from None
 

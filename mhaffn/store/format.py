@@ -3,7 +3,8 @@
 The folder is an ordinary Hugging Face checkpoint, read in place – ``config.json`` beside
 ``model.safetensors`` or ``model.safetensors.index.json`` with its shards – or one written by
 ``mhaffn pack``, which is the same plus ``mhaffn.json``, the manifest with a checksum for each
-sublayer (:mod:`mhaffn.store.manifest`).
+sublayer (:mod:`mhaffn.store.manifest`). There a matrix may be in few bits: its values then go by the
+weight's own name, scales and zero points by that name and a suffix.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ from pathlib import Path, PurePosixPath
 from mhaffn.config import SUPPORTED, Kind, ModelConfig, Sublayer, order
 from mhaffn.errors import CorruptFileError, MhaffnError, StoreError, TruncatedFileError, UnsupportedModelError
 from mhaffn.files import read_json_object, shown
+from mhaffn.formats import GROUPS, PLAIN, SCALE_DTYPES, Format
 from mhaffn.store.manifest import RESIDENT_KEY, Manifest, refuse_unfinished
 from mhaffn.store.safetensors import TensorInfo, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+PART_DTYPES = TORCH_DTYPES | {"I8": "int8", "U8": "uint8", "F8_E4M3": "float8_e4m3fn"}
+"""torch's names of the dtypes that weights and their parts may have."""
+NAMES_OF_VALUES = {"I8": "int8", "U8": "int4", "F8_E4M3": "fp8"}
+"""Formats in few bits, by the dtype of their values."""
+SUFFIXES = {"values": "", "scales": ".scales", "zeros": ".zeros"}
+"""What a part's tensor is called, after the weight's own name."""
 
 TENSOR_NAMES: dict[Kind, dict[str, str]] = {
     "mha": {
@@ -40,28 +48,31 @@ TENSOR_NAMES: dict[Kind, dict[str, str]] = {
     },
 }
 _DOWNLOAD_AGAIN = "Download the model again: its files do not belong together."
+_PACK_AGAIN = "Pack it again."
 RESIDENT_NAMES = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One weight: a format and the tensors it is made of, by part.
-
-    Format "plain" has the one part "values". Compressed formats add parts (scales, zero points).
-    """
+    """One weight: a format and the tensors it is made of, by part: values, and in few bits scales and zero points."""
 
     name: str
-    format: str
+    format: Format
     parts: Mapping[str, TensorInfo]
 
     @property
     def values(self) -> TensorInfo:
         return self.parts["values"]
 
+    @property
+    def columns(self) -> int:
+        """Of the matrix, or the length of the vector."""
+        return self.values.shape[-1] * (2 if self.format.name == "int4" else 1)
+
 
 @dataclass(frozen=True)
 class SublayerRecords:
-    """A sublayer's records in file order, and what its bytes should hash to (None: unknown)."""
+    """A sublayer's records, and what its bytes should hash to (None: unknown)."""
 
     sublayer: Sublayer
     records: tuple[Record, ...]
@@ -69,7 +80,9 @@ class SublayerRecords:
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        return tuple(part for record in self.records for part in record.parts.values())
+        """The parts of all records, in file order."""
+        parts = (part for record in self.records for part in record.parts.values())
+        return tuple(sorted(parts, key=lambda part: (part.path, part.offset)))
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +117,10 @@ class Store:
         for error in damaged.values():
             raise error
         return store
+
+    def stored(self) -> dict[Sublayer, tuple[int, ...]]:
+        """Bytes of each tensor of each sublayer."""
+        return {s: tuple(tensor.nbytes for tensor in records.tensors) for s, records in self.sublayers.items()}
 
     def places(self) -> dict[Path, int]:
         """Bytes of sublayers by the folder they really lie in, links followed, in pass order."""
@@ -145,7 +162,10 @@ def survey(folder: str | Path, *, any_dtype: bool = False) -> tuple[Store, dict[
         except (StoreError, TruncatedFileError) as error:
             damaged[sublayer.key] = error
     names = {
-        tensor_name(sublayer, weight) for sublayer in order(config.num_layers) for weight in TENSOR_NAMES[sublayer.kind]
+        tensor_name(sublayer, weight) + suffix
+        for sublayer in order(config.num_layers)
+        for weight in TENSOR_NAMES[sublayer.kind]
+        for suffix in SUFFIXES.values()
     }
     damaged |= checkpoint.broken_besides(names | set(RESIDENT_NAMES.values()))
     found = [*resident.values(), *(t for records in sublayers.values() for t in records.tensors)]
@@ -216,25 +236,68 @@ class _Checkpoint:
         """Whether there is, or should be, a tensor of that name."""
         return name in self._tensors or name in self._broken
 
-    def find(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        """The tensor, of that shape and, in a packed store, of its dtype."""
+    def record(self, weight: str, name: str, shape: tuple[int, ...]) -> Record:
+        """The weight whose values are the tensor ``name``, with its other parts."""
+        if self.manifest is None or len(shape) == 1:
+            return Record(weight, PLAIN, {"values": self.find(name, shape)})
+        format = self._format(name, shape)
+        parts = format.parts(shape, self.manifest.dtype)
+        return Record(
+            weight, format, {part: self.find(name + SUFFIXES[part], p.shape, p.dtype) for part, p in parts.items()}
+        )
+
+    def _format(self, name: str, shape: tuple[int, ...]) -> Format:
+        """What the headers of a matrix's parts make of it; whether they all fit is left to :meth:`find`."""
+        values = self._named(name, shape)
+        if values.dtype not in NAMES_OF_VALUES:
+            return PLAIN
+        format, columns = NAMES_OF_VALUES[values.dtype], shape[1]
+        scales = self._named(name + SUFFIXES["scales"], (shape[0], "groups"))
+        groups = scales.shape[1] if len(scales.shape) == 2 else 0
+        group = columns // groups if groups and columns % groups == 0 else 0
+        whole = group == columns and format != "int4"
+        if not whole and (group not in GROUPS or format == "fp8"):
+            groups_of = f"groups of {', '.join(map(str, GROUPS))}"
+            expected = {"int4": groups_of, "int8": f"{groups_of}, or the whole row", "fp8": "the whole row as a group"}
+            raise CorruptFileError(
+                f"{scales.path}: got scales of shape {shown(list(scales.shape))} for {name}, {format} {list(shape)}, "
+                f"expected {expected[format]}. {_PACK_AGAIN}"
+            )
+        if PART_DTYPES.get(scales.dtype) not in SCALE_DTYPES:
+            raise CorruptFileError(
+                f"{scales.path}: got scales of {name} in {scales.dtype}, expected {', '.join(SCALE_DTYPES)}. "
+                f"{_PACK_AGAIN}"
+            )
+        zeros = self.names(name + SUFFIXES["zeros"])
+        if zeros and format != "int4":
+            raise CorruptFileError(f"{values.path}: got zero points for {name}, {format}, expected none. {_PACK_AGAIN}")
+        return Format(format, None if whole else group, zeros, PART_DTYPES[scales.dtype])
+
+    def _named(self, name: str, shape: tuple[object, ...]) -> TensorInfo:
         error = self._whole or self._broken.get(name)
         if error is not None:
             raise error
         tensor = self._tensors.get(name)
         if tensor is None:
+            expected = f"[{', '.join(map(str, shape))}]"
             raise CorruptFileError(
-                f"{self.folder}: got no tensor {name}, expected one of shape {list(shape)}. {_DOWNLOAD_AGAIN}"
+                f"{self.folder}: got no tensor {name}, expected one of shape {expected}. {_DOWNLOAD_AGAIN}"
             )
+        return tensor
+
+    def find(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> TensorInfo:
+        """The tensor, of that shape and, in a packed store, of ``dtype`` (torch's name; by default the store's)."""
+        tensor = self._named(name, shape)
         if tensor.shape != shape:
             raise CorruptFileError(
                 f"{tensor.path}: got tensor {name} of shape {shown(list(tensor.shape))}, expected {list(shape)}, as "
                 f"config.json says. {_DOWNLOAD_AGAIN}"
             )
-        if self.manifest is not None and TORCH_DTYPES.get(tensor.dtype) != self.manifest.dtype:
+        expected = self.manifest and (dtype or self.manifest.dtype)
+        if expected is not None and PART_DTYPES.get(tensor.dtype) != expected:
             raise CorruptFileError(
-                f"{tensor.path}: got weights in {TORCH_DTYPES.get(tensor.dtype, tensor.dtype)}, expected "
-                f"{self.manifest.dtype}, as the manifest says. Pack it again."
+                f"{tensor.path}: got {name} in {PART_DTYPES.get(tensor.dtype, tensor.dtype)}, expected {expected}. "
+                f"{_PACK_AGAIN}"
             )
         return tensor
 
@@ -287,10 +350,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _sublayer(checkpoint: _Checkpoint, config: ModelConfig, sublayer: Sublayer) -> SublayerRecords:
     records = [
-        Record(name, "plain", {"values": checkpoint.find(tensor_name(sublayer, name), shape)})
+        checkpoint.record(name, tensor_name(sublayer, name), shape)
         for name, shape in config.sublayer_shapes(sublayer.kind).items()
     ]
-    records.sort(key=lambda record: (record.values.path, record.values.offset))
     manifest = checkpoint.manifest
     checksum = manifest.checksum(checkpoint.folder, sublayer.key) if manifest else None
     return SublayerRecords(sublayer, tuple(records), checksum)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader, ReaderTensor
 
+    from mhaffn.formats import Format
     from mhaffn.quantized import Quantized
-    from mhaffn.store.layout import Form
 
 WEIGHT_NAMES = {
     "mha": {"wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output", "norm": "attn_norm"},
@@ -111,14 +111,14 @@ class GgufSource:
             ) from None
         return torch.from_numpy(np.array(values.reshape(self._shapes[name]), dtype=np.float32))
 
-    def form(self, name: str) -> Form | None:
+    def format(self, name: str) -> Format | None:
         shape = self._shapes[name]
         if len(shape) != 2 or name in RESIDENT_NAMES.values():
             return None
-        return blocks.form(self._tensors[self._names[name]].tensor_type.name, shape[1])
+        return blocks.format(self._tensors[self._names[name]].tensor_type.name, shape[1])
 
     def weight(self, name: str) -> torch.Tensor | Quantized:
-        if self.form(name) is None:
+        if self.format(name) is None:
             return self.tensor(name)
         stored = self._tensors[self._names[name]]
         where = f"{self.path}: {stored.name}"
@@ -128,7 +128,7 @@ class GgufSource:
 
     def remarks(self) -> list[str]:
         kinds = Counter(
-            self._tensors[stored].tensor_type.name for name, stored in self._names.items() if self.form(name)
+            self._tensors[stored].tensor_type.name for name, stored in self._names.items() if self.format(name)
         )
         return [
             f"{count} matrices of type {kind} were rounded anew, to int8 in groups of {blocks.GROUP}"

@@ -98,7 +98,10 @@ def refuse_unfinished(folder: Path) -> None:
 def _pack_command(folder: Path, values: Mapping[str, object]) -> str | None:
     """The command that finishes the pack which wrote ``values``; None where they are not all strings to show."""
     source, target, dtype = values.get("source"), values.get("store", os.fspath(folder)), values.get("dtype")
-    words: list[object] = ["mhaffn", "pack", source, target, "--dtype", dtype, *place_options(values.get("places"))]
+    formats = values.get("formats", [])
+    words: list[object] = ["mhaffn", "pack", source, target, "--dtype", dtype]
+    words += formats if isinstance(formats, list) else [None]
+    words += place_options(values.get("places"))
     if not all(isinstance(word, str) and word.isprintable() for word in words):
         return None
     return shlex.join(map(str, words))

@@ -17,9 +17,8 @@ A pack that was killed goes on where it stopped, and ends byte for byte as if it
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,19 +28,21 @@ import xxhash
 from mhaffn.config import DTYPES
 from mhaffn.errors import ConfigError, CorruptFileError, MhaffnError, StoreError
 from mhaffn.files import shown
+from mhaffn.formats import Formats
 from mhaffn.store import manifest
 from mhaffn.store.claim import claim, links_to, refuse_occupied, release, sync_folder
-from mhaffn.store.format import INDEX_NAME, TORCH_DTYPES, Store
-from mhaffn.store.places import ALIGN, ITEM_BYTES, PackedFile, Placement
+from mhaffn.store.format import INDEX_NAME, PART_DTYPES, Store
+from mhaffn.store.maker import Maker
+from mhaffn.store.places import ALIGN, PackedFile, Placement
 from mhaffn.store.safetensors import read_header, write_header
-from mhaffn.store.source import Source, open_source
+from mhaffn.store.source import open_source
 
 if TYPE_CHECKING:
     import torch
 
 CHECKSUM_KEY = "xxh3_64"
-SAFETENSORS_DTYPES = {name: code for code, name in TORCH_DTYPES.items()}
-_WIDER = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
+CODES = {name: code for code, name in PART_DTYPES.items()}
+"""safetensors' names of dtypes, by torch's."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,30 @@ def pack(
     target: str | Path,
     *,
     dtype: str | None = None,
+    formats: Formats | None = None,
+    importance: Mapping[str, torch.Tensor] | None = None,
+    device: str | None = None,
     mha_dir: str | Path | None = None,
     ffn_dir: str | Path | None = None,
     stripe: Sequence[str | Path] = (),
     progress: Callable[[PackProgress], None] = lambda _: None,
+    remark: Callable[[str], None] = lambda _: None,
 ) -> Store:
     """Packs the model at ``source`` (a Hugging Face folder or a GGUF file) into the folder ``target``.
 
-    ``dtype`` is bfloat16, float16 or float32; by default the source's own (bfloat16 for GGUF). The files of
-    MHA sublayers go to ``mha_dir``, those of FFN sublayers to ``ffn_dir``, or both kinds in turn to the
-    folders of ``stripe``, so that in pass order each gets the same share of bytes; ``target`` then holds links
-    to them. Memory used: about twice the largest tensor in float32. Returns the opened store.
+    ``dtype`` is bfloat16, float16 or float32; by default the source's own (bfloat16 for GGUF). ``formats`` says which
+    sublayers are written in few bits (or plain, where the source has few); the others stay as they are in the source.
+    ``importance`` has, by a matrix's name, the mean squares ``[D]`` of what it multiplies: then the scales make the
+    error of its output least. ``device`` is what searches scales; by default a GPU where there is one.
 
-    Raises :class:`ConfigError` for an unknown dtype or folders that contradict each other,
-    :class:`StoreError` when a folder cannot be written, lacks room or holds something else, and what reading
-    the source raises.
+    The files of MHA sublayers go to ``mha_dir``, those of FFN sublayers to ``ffn_dir``, or both kinds in turn to the
+    folders of ``stripe``, so that in pass order each gets the same share of bytes; ``target`` then holds links
+    to them. ``remark`` gets a sentence where weights that are kept change in value all the same. Memory used: about
+    three times the largest tensor in float32. Returns the opened store.
+
+    Raises :class:`ConfigError` for an unknown dtype, formats that do not fit the model or folders that contradict
+    each other, :class:`StoreError` when a folder cannot be written, lacks room or holds something else, and what
+    reading the source raises.
     """
     source, target = Path(source), Path(target)
     try:
@@ -83,9 +93,12 @@ def pack(
         dtype = origin.dtype if dtype is None else dtype
         if dtype not in DTYPES:
             raise ConfigError(f"got dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
-        files = placement.files(origin.config, dtype)
-        with claim(origin, dtype, placement, files):
-            _write(origin, placement.target, dtype, files, progress)
+        maker = Maker(origin, dtype, formats or Formats(), importance or {}, device)
+        files = placement.files(maker.contents())
+        for sentence in maker.remarks():
+            remark(sentence)
+        with claim(origin, dtype, maker.made(), placement, files):
+            _write(maker, placement.target, files, progress)
             release(placement)
     except OSError as error:
         if isinstance(error, MhaffnError):
@@ -97,9 +110,8 @@ def pack(
     return Store.open(target)
 
 
-def _write(
-    source: Source, target: Path, dtype: str, files: list[PackedFile], progress: Callable[[PackProgress], None]
-) -> None:
+def _write(maker: Maker, target: Path, files: list[PackedFile], progress: Callable[[PackProgress], None]) -> None:
+    source = maker.source
     begun = source.fingerprint()
     for name, content in source.side_files():
         _replace(target / name, content)
@@ -108,19 +120,19 @@ def _write(
     done = 0
     for file in files:
         progress(PackProgress(file.name, done, total))
-        checksums[file.key] = _finished_checksum(file.path) or _write_file(source, file, dtype)
+        checksums[file.key] = _finished_checksum(file.path) or _write_file(maker, file, done, total, progress)
         if file.folder != target:
             _link(target / file.name, file.path)
         done += file.most_bytes
     if source.fingerprint() != begun:
         raise StoreError(f"{source.path} changed while it was packed. Remove {target} and pack again.")
     config = {key: value for key, value in source.config_values().items() if key != "torch_dtype"}
-    config["dtype"] = dtype
+    config["dtype"] = maker.dtype
     _replace(target / "config.json", _json({key: config[key] for key in sorted(config)}))
-    weight_map = {tensor: file.name for file in files for tensor in file.shapes}
+    weight_map = {tensor: file.name for file in files for tensor in file.tensors}
     total_size = sum(file.nbytes for file in files)
     _replace(target / INDEX_NAME, _json({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
-    record = manifest.Manifest(dtype=dtype, source=source.path.name, checksums=checksums)
+    record = manifest.Manifest(dtype=maker.dtype, source=source.path.name, checksums=checksums)
     _replace(target / manifest.NAME, record.to_json().encode())
     sync_folder(target)
     progress(PackProgress("done", total, total))
@@ -142,10 +154,9 @@ def _finished_checksum(path: Path) -> str | None:
     return checksum
 
 
-def _write_file(source: Source, file: PackedFile, dtype: str) -> str:
-    """Writes one file, tensor by tensor; the checksum stands in the header, which is written last."""
-    code, itemsize = SAFETENSORS_DTYPES[dtype], ITEM_BYTES[dtype]
-    entries = {name: (code, shape, math.prod(shape) * itemsize) for name, shape in file.shapes.items()}
+def _write_file(maker: Maker, file: PackedFile, done: int, total: int, progress: Callable[[PackProgress], None]) -> str:
+    """Writes one file, weight by weight; the checksum stands in the header, which is written last."""
+    entries = {name: (CODES[part.dtype], part.shape, part.nbytes) for name, part in file.tensors.items()}
     digest = xxhash.xxh3_64()
 
     def header() -> bytes:
@@ -153,10 +164,12 @@ def _write_file(source: Source, file: PackedFile, dtype: str) -> str:
 
     with file.partial.open("wb") as output:
         output.seek(len(header()))
-        for name, shape in file.shapes.items():
-            payload = _payload(source, name, shape, dtype)
-            digest.update(payload)
-            output.write(payload)
+        for name, parts in file.weights.items():
+            for payload in maker.payloads(file.key, name, parts):
+                digest.update(payload)
+                output.write(payload)
+                done += len(payload)
+            progress(PackProgress(file.name, done, total))
         output.seek(0)
         output.write(header())
         output.flush()
@@ -175,21 +188,6 @@ def _link(link: Path, path: Path) -> None:
     partial.symlink_to(path)
     partial.rename(link)
     sync_folder(link.parent)
-
-
-def _payload(source: Source, name: str, shape: tuple[int, ...], dtype: str) -> memoryview:
-    import torch
-
-    tensor = source.tensor(name)
-    if tuple(tensor.shape) != shape:
-        raise CorruptFileError(
-            f"{source.path}: got tensor {name} of shape {list(tensor.shape)}, expected {list(shape)}. Fetch it again."
-        )
-    converted: torch.Tensor = tensor.to(getattr(torch, dtype)).contiguous()
-    if converted.dtype != tensor.dtype and bool((tensor.isfinite() & ~converted.isfinite()).any()):
-        raise StoreError(f"{source.path}: tensor {name} overflows {dtype}. Pack with {_WIDER[dtype]}.")
-    payload: memoryview = converted.view(torch.uint8).reshape(-1).numpy().data
-    return payload
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mhaffn.config import DTYPES, KINDS, ModelConfig
+from mhaffn.config import KINDS
 from mhaffn.errors import ConfigError, StoreError
-from mhaffn.store.source import tensors_by_file
+from mhaffn.formats import Part
+from mhaffn.store.format import SUFFIXES
 
 ALIGN = 4096
-ITEM_BYTES = dict(zip(DTYPES, (2, 2, 4), strict=True))
 
 
 @dataclass(frozen=True)
 class PackedFile:
-    """One file of a store: its key in the manifest, the shapes of its tensors, and the folder it lies in.
-
-    ``nbytes`` are those of its tensors.
-    """
+    """One file of a store: its key in the manifest, its weights' parts by their names, and the folder it lies in."""
 
     name: str
     key: str
-    shapes: dict[str, tuple[int, ...]]
-    nbytes: int
+    weights: dict[str, dict[str, Part]]
     folder: Path
+
+    @property
+    def tensors(self) -> dict[str, Part]:
+        """What the file holds, by name, in file order."""
+        return {name + SUFFIXES[part]: found for name, parts in self.weights.items() for part, found in parts.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.nbytes for part in self.tensors.values())
 
     @property
     def path(self) -> Path:
@@ -91,25 +96,26 @@ class Placement:
             if folder.exists() and not folder.is_dir():
                 raise StoreError(f"{folder} is a file, expected a folder. Give another one.")
 
-    def files(self, config: ModelConfig, dtype: str) -> list[PackedFile]:
-        """The files of a store in pass order, the resident part last and always in ``target``.
+    def files(self, contents: Iterable[tuple[str, str, dict[str, dict[str, Part]]]]) -> list[PackedFile]:
+        """The files of a store, in pass order as ``contents`` gives name, key and weights; each with its folder.
+
+        The resident part always lies in ``target``.
 
         A stripe gives each sublayer to the folder that has got the fewest bytes so far, so after any number
         of sublayers of a pass no folder is ahead of another by more than one sublayer.
         """
         got = dict.fromkeys(self.places.get("stripe", ()), 0)
         files = []
-        for name, key, shapes in tensors_by_file(config):
-            nbytes = sum(math.prod(shape) for shape in shapes.values()) * ITEM_BYTES[dtype]
+        for name, key, weights in contents:
+            file = PackedFile(name, key, weights, self.target)
             kind = key.rpartition(".")[2]
-            if kind not in KINDS:
-                folder = self.target
-            elif got:
+            if kind in KINDS and got:
                 folder = min(got, key=lambda place: got[place])
-                got[folder] += nbytes
-            else:
-                (folder,) = self.places.get(kind, (self.target,))
-            files.append(PackedFile(name, key, shapes, nbytes, folder))
+                got[folder] += file.nbytes
+                file = replace(file, folder=folder)
+            elif kind in KINDS:
+                file = replace(file, folder=self.places.get(kind, (self.target,))[0])
+            files.append(file)
         return files
 
     def to_json(self) -> dict[str, list[str]]:

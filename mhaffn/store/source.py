@@ -14,8 +14,8 @@ from mhaffn.store.format import RESIDENT_NAMES, tensor_name
 if TYPE_CHECKING:
     import torch
 
+    from mhaffn.formats import Format
     from mhaffn.quantized import Quantized
-    from mhaffn.store.layout import Form
 
 
 class Source(Protocol):
@@ -34,11 +34,11 @@ class Source(Protocol):
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in the dtype it is stored in (dequantised: float32)."""
 
-    def form(self, name: str) -> Form | None:
+    def format(self, name: str) -> Format | None:
         """What :meth:`weight` gives in few bits, told from headers; None where it gives a plain tensor."""
 
     def weight(self, name: str) -> torch.Tensor | Quantized:
-        """One tensor as it is stored: a matrix of a sublayer in few bits where :meth:`form` says so.
+        """One tensor as it is stored: a matrix of a sublayer in few bits where :meth:`format` says so.
 
         Embedding and head are always dequantised. Raises :class:`UnsupportedModelError` for a matrix whose layout
         cannot be kept; :meth:`tensor` may still give its values.

@@ -20,6 +20,7 @@ from mhaffn.errors import (
     TruncatedFileError,
     UnsupportedModelError,
 )
+from mhaffn.formats import PLAIN
 from mhaffn.store import Store, pack
 from mhaffn.store.format import tensor_name
 from tests.store.models import CONFIG, INDEX, random_weights, raw_safetensors, write_model
@@ -57,7 +58,7 @@ def test_every_weight_lies_where_the_store_says(shards: int, dtype: torch.dtype,
         assert {record.name: record.values.name for record in records.records} == {
             weight: tensor_name(sublayer, weight) for weight in store.config.sublayer_shapes(sublayer.kind)
         }
-        assert all(record.format == "plain" for record in records.records)
+        assert all(record.format == PLAIN for record in records.records)
         assert records.nbytes == sum(weights[tensor.name].nbytes for tensor in records.tensors)
         places = [(tensor.path, tensor.offset) for tensor in records.tensors]
         assert places == sorted(places), "records come in file order"
@@ -285,4 +286,4 @@ def test_without_its_manifest_a_packed_store_is_a_model_folder_still(packed: Pat
 def test_a_packed_store_of_other_weights(packed: Path) -> None:
     path = packed / "layer-001-ffn.safetensors"
     save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path)
-    refused(packed, CorruptFileError, path.name, "got weights in float32, expected bfloat16")
+    refused(packed, CorruptFileError, path.name, "in float32, expected bfloat16")

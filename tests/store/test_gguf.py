@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mhaffn.errors import ConfigError, CorruptFileError, MhaffnError, StoreError, UnsupportedModelError
+from mhaffn.formats import ALL_PLAIN
 from mhaffn.store import Store, pack
 from tests.store.killed import pack_and_die
 from tests.store.models import CONFIG, hashes, random_weights
@@ -147,7 +148,7 @@ def test_pack_equals_transformers_and_the_original(
     from transformers import LlamaForCausalLM
 
     original = write_gguf(tmp_path / "model.gguf", kind=kind, **options)
-    store = pack(tmp_path / "model.gguf", tmp_path / "packed", dtype="float32")
+    store = pack(tmp_path / "model.gguf", tmp_path / "packed", dtype="float32", formats=ALL_PLAIN)
     ours = packed_weights(tmp_path / "packed")
     assert ours.keys() == original.keys()
     for name, weight in original.items():  # within the quantisation's step of the largest value

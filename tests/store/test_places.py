@@ -15,8 +15,10 @@ import torch
 
 from mhaffn.config import ModelConfig, Sublayer, order
 from mhaffn.errors import ConfigError, StoreError
+from mhaffn.formats import PLAIN
 from mhaffn.store import PackProgress, Store, pack, resolve
 from mhaffn.store.places import Placement
+from mhaffn.store.source import tensors_by_file
 from tests.store.killed import pack_and_die
 from tests.store.models import CONFIG, hashes, write_model
 
@@ -82,7 +84,11 @@ def test_transformers_opens_a_placed_store(tiny_model: Any, tmp_path: Path) -> N
 def test_a_stripe_gives_each_folder_the_same_bytes_at_any_point_of_a_pass(count: int, ffn: int, tmp_path: Path) -> None:
     config = ModelConfig.from_dict(CONFIG | {"num_hidden_layers": 40, "intermediate_size": ffn})
     folders = [tmp_path / str(number) for number in range(count)]
-    files = Placement.of(tmp_path / "store", None, None, folders).files(config, "bfloat16")
+    contents = [
+        (name, key, {weight: PLAIN.parts(shape, "bfloat16") for weight, shape in shapes.items()})
+        for name, key, shapes in tensors_by_file(config)
+    ]
+    files = Placement.of(tmp_path / "store", None, None, folders).files(contents)
     assert [file.key for file in files] == [*(s.key for s in order(40)), "resident"]
     assert files.pop().folder == tmp_path / "store"
     largest = max(file.nbytes for file in files)
