@@ -32,6 +32,7 @@ from transformers import AutoConfig
 
 from mhaffn.config import KINDS, Kind, Sublayer, order, parse_bytes
 from mhaffn.device import choose_device
+from mhaffn.formats import Formats
 from mhaffn.hf import StreamedLlama
 from mhaffn.image import Image
 from mhaffn.machine import describe
@@ -77,12 +78,15 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="all layers of the shape, placed within the budgets")
     parser.add_argument("--gpu", default="16GiB")
     parser.add_argument("--dram", default="88GiB")
+    parser.add_argument("--mha", help="a format in few bits, as `mhaffn pack` takes it")
+    parser.add_argument("--ffn")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     started = time.perf_counter()
-    total = write_random_model(options.folder, options.shape, DISTINCT)
+    formats = Formats.parse(options.mha, options.ffn)
+    total = write_random_model(options.folder, options.shape, DISTINCT, formats=formats)
     print(f"{total / 2**30:.2f} GiB of layers written in {time.perf_counter() - started:.0f} s", flush=True)
-    results: dict[str, Any] = {"machine": describe(), "shape": options.shape, "rows": []}
+    results: dict[str, Any] = {"machine": describe(), "shape": options.shape, "formats": formats.options(), "rows": []}
 
     def keep(row: dict[str, Any]) -> None:
         results["rows"].append(row)
@@ -201,7 +205,7 @@ def whole(store: Store, layers: int, options: argparse.Namespace) -> dict[str, A
     """The whole model within budgets: predicted from links alone, then measured."""
     store = repeated(store, layers)
     gpu, dram = parse_bytes(options.gpu), parse_bytes(options.dram)
-    plan = make_plan(store.config, store.dtype, gpu=gpu, dram=dram, copies=CUDA, work=work_of(1))
+    plan = make_plan(store.config, store.dtype, gpu=gpu, dram=dram, copies=CUDA, work=work_of(1), stored=store.stored())
     print(plan.describe(), flush=True)
     sample = repeated(store, DISTINCT)
     with load(sample, dict.fromkeys(order(DISTINCT), "gpu" if CUDA else "dram"), 1) as model:
@@ -209,7 +213,13 @@ def whole(store: Store, layers: int, options: argparse.Namespace) -> dict[str, A
         kinds = compute_seconds(model)
     mix = Mix(f"GPU {options.gpu}, DRAM {options.dram}", plan.tiers, (1,))
     (row,) = measure(store, mix, 1, {1: Compute(layers * sum(kinds.values()), kinds)})
-    return row | {"gpu_budget": gpu, "dram_budget": dram, "predicted_over_measured": row["predicted"] / row["seconds"]}
+    nbytes = sum(map(sum, store.stored().values()))
+    return row | {
+        "bytes": nbytes,
+        "gpu_budget": gpu,
+        "dram_budget": dram,
+        "predicted_over_measured": row["predicted"] / row["seconds"],
+    }
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -229,7 +239,9 @@ def load(store: Store, tiers: Tiers, tokens: int) -> Iterator[StreamedLlama]:
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    plan: Plan = make_plan(store.config, store.dtype, copies=CUDA, work=work_of(tokens), tiers=tiers)
+    plan: Plan = make_plan(
+        store.config, store.dtype, copies=CUDA, work=work_of(tokens), tiers=tiers, stored=store.stored()
+    )
     runner = Runner(store, plan, device=choose_device(None))
     config = AutoConfig.from_pretrained(store.path)
     config.num_hidden_layers = store.config.num_layers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,10 @@ from pathlib import Path
 import torch
 import xxhash
 
-from mhaffn.config import ModelConfig
+from mhaffn.config import ModelConfig, order
+from mhaffn.formats import PLAIN, Format, Formats, Part
+from mhaffn.store.format import SUFFIXES
+from mhaffn.store.maker import CODES
 from mhaffn.store.safetensors import write_header
 from mhaffn.store.source import tensors_by_file
 
@@ -21,7 +23,7 @@ POOL_ELEMENTS = 1 << 24
 VOCABULARY_MAX = 32000
 """Embedding and head are resident and are not what is measured: a random model writes no more rows of them."""
 
-Shapes = Mapping[str, tuple[int, ...]]
+Tensors = Mapping[str, Part]
 
 
 def _config(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int) -> ModelConfig:
@@ -48,10 +50,11 @@ def write_random_model(
     shape: str | ModelConfig,
     layers: int | None = None,
     *,
+    formats: Formats | None = None,
     vocabulary: int = VOCABULARY_MAX,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> int:
-    """Writes a packed store of random bfloat16 weights into ``folder``; returns the bytes of its layers.
+    """Writes a packed store of random bfloat16 weights, or in ``formats``, into ``folder``; returns its layers' bytes.
 
     ``shape`` is a name in :data:`SHAPES` or a config. Layers repeat the values of the first one, in files of
     their own. ``progress`` gets the bytes of each piece written. Needs about 100 MiB of memory.
@@ -62,15 +65,17 @@ def write_random_model(
     checksums: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     total = 0
+    of = {s.key: (formats or Formats()).of(s) or PLAIN for s in order(config.num_layers)}
     for name, key, shapes in tensors_by_file(config):
-        kind = key.rpartition(".")[2]
-        if kind not in digests:
-            digests[kind] = values.digest(shapes)
-        _write_file(folder / name, [shapes], values, {"format": "pt", "xxh3_64": digests[kind]}, progress)
-        checksums[key] = digests[kind]
-        if "." in key:
-            total += _nbytes(shapes)
-        weight_map |= dict.fromkeys(shapes, name)
+        format = of.get(key, PLAIN)
+        parts, alike = _parts(shapes, format), f"{key.rpartition('.')[2]} {format}"
+        if alike not in digests:
+            digests[alike] = values.digest(parts)
+        _write_file(folder / name, [parts], values, {"format": "pt", "xxh3_64": digests[alike]}, progress)
+        checksums[key] = digests[alike]
+        if key in of:
+            total += _nbytes(parts)
+        weight_map |= dict.fromkeys(parts, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     manifest = {"version": 1, "dtype": "bfloat16", "source": "random", "checksums": checksums}
     (folder / "mhaffn.json").write_text(json.dumps(manifest))
@@ -84,15 +89,16 @@ def write_random_shards(folder: Path, shape: str, layers: int) -> int:
 
     config = _write_config(folder, shape, layers, VOCABULARY_MAX)
     values = _Values(config.hidden_size)
-    shards: dict[int, list[Shapes]] = {}
+    shards: dict[int, list[Tensors]] = {}
     for _, key, shapes in tensors_by_file(config):
-        shards.setdefault(int(key.partition(".")[0]) + 2 if "." in key else 1, []).append(shapes)
+        shard = int(key.partition(".")[0]) + 2 if "." in key else 1
+        shards.setdefault(shard, []).append(_parts(shapes, PLAIN))
     weight_map: dict[str, str] = {}
     for shard, parts in shards.items():
         name = f"model-{shard:05d}-of-{layers + 1:05d}.safetensors"
         _write_file(folder / name, parts, values, {"format": "pt"}, lambda nbytes: None)
-        weight_map |= {tensor: name for shapes in parts for tensor in shapes}
-    total = sum(_nbytes(shapes) for shard, parts in shards.items() if shard > 1 for shapes in parts)
+        weight_map |= {tensor: name for tensors in parts for tensor in tensors}
+    total = sum(_nbytes(tensors) for shard, parts in shards.items() if shard > 1 for tensors in parts)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0"))
@@ -119,24 +125,32 @@ def _write_config(folder: Path, shape: str | ModelConfig, layers: int | None, vo
     return ModelConfig.from_folder(folder)
 
 
+def _parts(shapes: Mapping[str, tuple[int, ...]], format: Format) -> Tensors:
+    return {
+        name + SUFFIXES[part]: found
+        for name, shape in shapes.items()
+        for part, found in format.parts(shape, "bfloat16").items()
+    }
+
+
 def _write_file(
-    path: Path, parts: Sequence[Shapes], values: _Values, about: dict[str, str], progress: Callable[[int], None]
+    path: Path, parts: Sequence[Tensors], values: _Values, about: dict[str, str], progress: Callable[[int], None]
 ) -> None:
     entries = {
-        tensor: ("BF16", size, math.prod(size) * 2) for shapes in parts for tensor, size in shapes.items()
+        name: (CODES[part.dtype], part.shape, part.nbytes) for tensors in parts for name, part in tensors.items()
     }  # fmt: skip
     with path.open("wb") as file:
         file.write(write_header(entries, about, 4096))
-        for shapes in parts:
-            for piece in values.pieces(shapes):
+        for tensors in parts:
+            for piece in values.pieces(tensors):
                 file.write(piece)
                 progress(len(piece))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _nbytes(shapes: Shapes) -> int:
-    return sum(math.prod(size) * 2 for size in shapes.values())
+def _nbytes(tensors: Tensors) -> int:
+    return sum(part.nbytes for part in tensors.values())
 
 
 class _Values:
@@ -144,26 +158,37 @@ class _Values:
 
     def __init__(self, hidden_size: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        pool = torch.randn(POOL_ELEMENTS, generator=generator).mul_(hidden_size**-0.5).bfloat16()
-        self._pool = memoryview(pool.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        weights = torch.randn(POOL_ELEMENTS, generator=generator).mul_(hidden_size**-0.5).bfloat16()
+        codes = torch.randint(0, 120, (POOL_ELEMENTS,), generator=generator, dtype=torch.uint8)  # no NaN of float8
+        self._pools = {name: _bytes(codes) for name in ("int8", "uint8", "float8_e4m3fn")} | {
+            "bfloat16": _bytes(weights),
+            # As large as weights are: codes of int4 and int8 are some tens at most.
+            "scales": _bytes(torch.full((POOL_ELEMENTS,), hidden_size**-0.5 / 64, dtype=torch.float16)),
+            "zeros": _bytes(torch.full((POOL_ELEMENTS,), 8.0, dtype=torch.float16)),
+        }
 
-    def digest(self, shapes: Shapes) -> str:
+    def digest(self, tensors: Tensors) -> str:
         """XXH3-64 of all pieces."""
         digest = xxhash.xxh3_64()
-        for piece in self.pieces(shapes):
+        for piece in self.pieces(tensors):
             digest.update(piece)
         return digest.hexdigest()
 
-    def pieces(self, shapes: Shapes) -> Iterator[memoryview]:
+    def pieces(self, tensors: Tensors) -> Iterator[memoryview]:
         """The tensors' bytes one after another; norms are ones."""
-        for tensor, size in shapes.items():
-            left = math.prod(size) * 2
-            if len(size) == 1:
-                yield memoryview(torch.ones(size, dtype=torch.bfloat16).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        for name, part in tensors.items():
+            left = part.nbytes
+            if len(part.shape) == 1:
+                yield _bytes(torch.ones(part.shape, dtype=torch.bfloat16))
                 continue
-            start = zlib.crc32(tensor.rpartition("layers.")[2].partition(".")[2].encode()) % 4096 * 2
+            pool = self._pools[part.dtype if name.endswith(".weight") else name.rpartition(".")[2]]
+            start = zlib.crc32(name.rpartition("layers.")[2].partition(".")[2].encode()) % 4096 * 2
             while left:
-                piece = self._pool[start : start + left]
+                piece = pool[start : start + left]
                 yield piece
                 left -= len(piece)
                 start = 0
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    return memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]

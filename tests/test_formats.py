@@ -105,4 +105,4 @@ def test_a_group_that_does_not_divide_the_width(tmp_path: object) -> None:
     odd = replace(narrow, hidden_size=9, head_dim=1)
     with pytest.raises(ConfigError, match="Take int8"):
         Formats.parse(mha="int4:32").check(odd)
-    assert GROUPS == tuple(sorted(GROUPS))
+    assert tuple(sorted(GROUPS)) == GROUPS

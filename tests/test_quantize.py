@@ -96,7 +96,7 @@ def test_zeros_and_tiny_values_stay(text: str) -> None:
 def test_what_cannot_be_quantised() -> None:
     with pytest.raises(ConfigError, match="not finite"):
         quantize(torch.tensor([[float("nan")] * 64]), Format.parse("int8"))
-    with pytest.raises(ConfigError, match="beyond torch.float16"):
+    with pytest.raises(ConfigError, match=r"beyond torch\.float16"):
         quantize(torch.full((1, 64), 1e9), Format.parse("int8"))
     with pytest.raises(ConfigError, match="divides 96"):
         quantize(torch.zeros(2, 96), Format.parse("int4"))

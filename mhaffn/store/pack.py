@@ -31,8 +31,8 @@ from mhaffn.files import shown
 from mhaffn.formats import Formats
 from mhaffn.store import manifest
 from mhaffn.store.claim import claim, links_to, refuse_occupied, release, sync_folder
-from mhaffn.store.format import INDEX_NAME, PART_DTYPES, Store
-from mhaffn.store.maker import Maker
+from mhaffn.store.format import INDEX_NAME, Store
+from mhaffn.store.maker import CODES, Maker
 from mhaffn.store.places import ALIGN, PackedFile, Placement
 from mhaffn.store.safetensors import read_header, write_header
 from mhaffn.store.source import open_source
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     import torch
 
 CHECKSUM_KEY = "xxh3_64"
-CODES = {name: code for code, name in PART_DTYPES.items()}
-"""safetensors' names of dtypes, by torch's."""
 
 
 @dataclass(frozen=True)

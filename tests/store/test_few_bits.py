@@ -217,9 +217,13 @@ def test_numbers_that_are_none_are_refused(value: float, part: str, tiers: Any, 
     scales = load_file(packed / "layer-001-ffn.safetensors")[part]
     scales[5, 0] = value
     folder = damaged(packed, tmp_path / "store", {part: scales})
-    with pytest.raises(CorruptFileError, match=rf"{part.rpartition('.')[2]} of layer 1 ffn, w1, that are not finite"):
+
+    def run() -> None:
         with mhaffn.load(folder, device="cpu", tiers=dict.fromkeys(order(3), tiers)) as model:
             model(torch.arange(3, 9).unsqueeze(0))
+
+    with pytest.raises(CorruptFileError, match=rf"{part.rpartition('.')[2]} of layer 1 ffn, w1, that are not finite"):
+        run()
 
 
 def test_a_file_cut_short(packed: Path, tmp_path: Path) -> None:
