@@ -9,7 +9,6 @@ while the head computes, the first sublayers of the next pass are already on the
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 from collections import deque
@@ -101,7 +100,7 @@ class Stream:
         self._checked: set[Sublayer] = set()
         self._error: BaseException | None = None
         self._closed = self._stopping = False
-        self._next = self._next_read = self._moving_pass = 0
+        self._next = self._next_read = self._due = self._moving_pass = 0
         self._mover: threading.Thread | None = None
         if self._cycle:
             self._start(0, number=1)
@@ -157,6 +156,7 @@ class Stream:
             if arrival.slot is not None:
                 self._freed.append((*arrival.slot, ended or self._device.mark_compute()))
                 self._slot_ring.free()
+                self._move_from_dram()
             elif arrival.read is not None:
                 self._give_back(arrival.read)
             self._change.notify_all()
@@ -191,10 +191,11 @@ class Stream:
         position = self._positions[self._cycle[index]]
         ahead = (i for i, sublayer in enumerate(self._on_ssd) if self._positions[sublayer] >= position)
         self._next, self._next_read = index, next(ahead, 0)
+        self._due, self._moving_pass = index, number
         self._stopping = False
         with self._lock:
             self._submit_reads()
-        self._mover = threading.Thread(target=self._move, args=(index, number), name="mhaffn-mover", daemon=True)
+        self._mover = threading.Thread(target=self._move, name="mhaffn-mover", daemon=True)
         self._mover.start()
 
     def _stop(self) -> None:
@@ -243,17 +244,32 @@ class Stream:
         self._staging_ring.free()
         self._submit_reads()
 
-    # What the mover thread does.
+    # Copies from DRAM are queued by whoever makes room for them, called with self._change held: most often the thread
+    # that computes, which the mover would have to wait for until it lets go of the interpreter.
 
-    def _move(self, index: int, number: int) -> None:
+    def _move_from_dram(self) -> None:
+        while not self._stopping and self.plan.tiers[sublayer := self._cycle[self._due]] == "dram":
+            image = self._images[sublayer]
+            offset = self._slot_ring.take(image.nbytes)
+            if offset is None:
+                return
+            slot, place = self._slot_at(offset, image)
+            memory, placements = self._residents.host_images[sublayer]
+            for segment in image.segments(placements):
+                self._copy(sublayer, slot, memory, segment)
+            self._arrive(_Arrival(sublayer, image.views(slot), self._device.mark_copy(), slot=place))
+
+    # What the mover thread does: sublayers from SSD.
+
+    def _move(self) -> None:
         try:
-            for self._moving_pass in itertools.count(number):
-                for sublayer in self._cycle[index:]:
-                    if self.plan.tiers[sublayer] == "dram":
-                        self._move_from_dram(sublayer)
-                    else:
-                        self._move_from_ssd()
-                index = 0
+            while True:
+                with self._lock:
+                    self._move_from_dram()
+                    while self.plan.tiers[self._cycle[self._due]] == "dram":
+                        self._wait()
+                        self._move_from_dram()
+                self._move_from_ssd()
         except _StoppedError:
             pass
         except BaseException as error:
@@ -303,14 +319,6 @@ class Stream:
         while self._copied and self._copied[0][1].query():
             self._give_back(self._copied.popleft()[0])
 
-    def _move_from_dram(self, sublayer: Sublayer) -> None:
-        image = self._images[sublayer]
-        memory, placements = self._residents.host_images[sublayer]
-        slot, place = self._take_slot(image)
-        for segment in image.segments(placements):
-            self._copy(sublayer, slot, memory, segment)
-        self._arrive(_Arrival(sublayer, image.views(slot), self._device.mark_copy(), slot=place))
-
     def _arriving(self, read: _Read) -> Iterator[Segment]:
         """The runs of a read, in chunks, each as soon as it is in memory; ends by verifying the whole."""
         records, request = self._images[read.sublayer].records, read.request
@@ -336,12 +344,16 @@ class Stream:
             self._checked.add(read.sublayer)
 
     def _take_slot(self, image: Image) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Room on the device, and its place; copies into it wait for the compute that last read there."""
+        """Room on the device, and its place, as soon as there is some."""
         with self._lock:
             while (offset := self._slot_ring.take(image.nbytes)) is None:
                 self._wait()
             self._raise_if_stopping()
-            self._device.copy_after(self._last_use(offset, image.nbytes))
+            return self._slot_at(offset, image)
+
+    def _slot_at(self, offset: int, image: Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The slot at ``offset``, and its place; copies queued from now on wait for what last used it. Lock held."""
+        self._device.copy_after(self._last_use(offset, image.nbytes))
         return self._slots[offset : offset + image.nbytes], (offset, image.nbytes)
 
     def _last_use(self, offset: int, nbytes: int) -> Event | None:
@@ -368,6 +380,9 @@ class Stream:
         with self._lock:
             self._raise_if_stopping()
             self._arrivals.append(arrival)
+            self._due = (self._due + 1) % len(self._cycle)
+            if self._due == 0:
+                self._moving_pass += 1
             self._change.notify_all()
 
     def _raise_if_stopping(self) -> None:

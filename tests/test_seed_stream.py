@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mhaffn.config import KINDS, Kind, Sublayer, order
-from mhaffn.device import HostDevice
+from mhaffn.device import HostDevice, HostMark
 from mhaffn.measured import Measured
 from mhaffn.modules import Provider
 from mhaffn.plan import STAGING_BYTES, TIERS, Plan, Sizes, Tier, make_plan
@@ -38,7 +39,6 @@ SEED = Measured.read(Path(__file__).parent / "data" / "seed.json")
 SCALE = 256  # widths are a sixteenth of the seed's: D 512, F 768, 8 heads of 64, 1 of keys
 CHUNK_BYTES = (16 << 20) // SCALE
 LAYERS = 20
-LATE_S = 1e-3
 BOUND_MS, TARGET_MS = 193.24, 199.0
 NEAR = 0.03  # simulated against executed
 
@@ -67,24 +67,18 @@ def sleep_until(at_s: float) -> None:
 
 
 class Throttle:
-    """A link that serves one transfer after another at ``speed``.
+    """A link that serves one transfer after another at ``speed``; compute is one of seconds, at a speed of 1."""
 
-    One asked for less than ``late_s`` after the last ended follows it without a gap: an engine with a queue of
-    its own loses nothing while Python wakes up.
-    """
-
-    def __init__(self, speed: float, late_s: float = 0.0) -> None:
-        self.speed, self.late_s = speed, late_s
-        self._free_s = 0.0
+    def __init__(self, speed: float) -> None:
+        self.speed, self.free_s = speed, 0.0
         self._lock = threading.Lock()
 
-    def take(self, nbytes: int) -> tuple[float, float]:
-        """When a transfer asked for now starts and ends."""
+    def take(self, amount: float, after_s: float = 0.0) -> tuple[float, float]:
+        """When a transfer asked for now, to begin no sooner than ``after_s``, starts and ends."""
         with self._lock:
-            now_s = time.perf_counter()
-            start_s = now_s if now_s > self._free_s + self.late_s else self._free_s
-            self._free_s = start_s + nbytes / self.speed
-            return start_s, self._free_s
+            start_s = max(time.perf_counter(), self.free_s, after_s)
+            self.free_s = start_s + amount / self.speed
+            return start_s, self.free_s
 
 
 class ThrottledRequest:
@@ -125,34 +119,75 @@ class ThrottledReader(Reader):
         return real if self._throttle is None else ThrottledRequest(real, self._throttle)
 
 
+class Later(HostMark):
+    """A mark that is passed at a time to come."""
+
+    def __init__(self, time_s: float) -> None:
+        self.time_s = time_s
+
+    def query(self) -> bool:
+        return time.perf_counter() >= self.time_s
+
+    def synchronize(self) -> None:
+        sleep_until(self.time_s)
+
+
 class ThrottledDevice(HostDevice):
-    """A device with memory of its own behind a slow link."""
+    """A device with memory of its own behind a slow link: copies and compute are queued, as on a GPU.
+
+    What is queued has its times at once, so a host that is late now and then delays nothing that it queued before.
+    Bytes are copied at once too; what still computes with those they overwrite, by those times, is an error.
+    """
 
     copies = True
 
     def __init__(self, trace: Trace, speed: float) -> None:
         super().__init__(trace)
-        self._throttle = Throttle(speed, late_s=LATE_S)
+        self._link, self._compute = Throttle(speed), Throttle(1.0)
+        self._copy_after_s = self._compute_after_s = 0.0
+        self._uses: deque[tuple[int, int, float]] = deque(maxlen=64)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        _, end_s = self._throttle.take(source.numel())
+        start_s, _ = self._link.take(source.numel(), self._copy_after_s)
+        begin, end = target.data_ptr(), target.data_ptr() + target.numel()
+        for used_begin, used_end, used_s in list(self._uses):
+            assert used_end <= begin or end <= used_begin or used_s <= start_s, "overwritten while in use"
         super().copy(target, source)
-        sleep_until(end_s)
+
+    def copy_after(self, event: Any) -> None:
+        self._copy_after_s = max(self._copy_after_s, event.time_s if event is not None else 0.0)
+
+    def compute_after(self, event: Any) -> None:
+        self._compute_after_s = max(self._compute_after_s, event.time_s)
+
+    def mark_copy(self) -> Later:
+        return Later(max(time.perf_counter(), self._link.free_s, self._copy_after_s))
+
+    def mark_compute(self) -> Later:
+        return Later(max(time.perf_counter(), self._compute.free_s, self._compute_after_s))
+
+    def compute(self, weights: torch.Tensor, seconds: float) -> float:
+        """Queues so much work with ``weights``, and says when it ends."""
+        _, end_s = self._compute.take(seconds, self._compute_after_s)
+        self._uses.append((weights.data_ptr(), weights.data_ptr() + weights.nbytes, end_s))
+        return end_s
 
 
-class Sleeping(nn.Module):
-    """A sublayer that takes its time; it looks at its weights before and after, as a kernel would."""
+class Queued(nn.Module):
+    """A sublayer that takes its time on the device; the last one of a pass is waited for, as for a token."""
 
-    def __init__(self, weights: Provider, norm: torch.Tensor, seconds: float) -> None:
+    def __init__(
+        self, device: ThrottledDevice, weights: Provider, norm: torch.Tensor, seconds: float, last: bool
+    ) -> None:
         super().__init__()
-        self.weights, self.norm, self.seconds = weights, norm, seconds
+        self.device, self.weights, self.norm, self.seconds, self.last = device, weights, norm, seconds, last
 
     def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
         with self.weights() as w:
-            end_s = time.perf_counter() + self.seconds
             assert torch.equal(w.norm, self.norm)
+            end_s = self.device.compute(w.norm, self.seconds)
+        if self.last:
             sleep_until(end_s)
-            assert torch.equal(w.norm, self.norm), "overwritten while in use"
         return torch.zeros_like(x)
 
 
@@ -210,17 +245,24 @@ class Machine:
     def execute(self, plan: Plan, speeds: Speeds, phase: Phase, passes: int) -> Executed:
         self.patch.setattr(ThrottledReader, "speed", speeds.ssd)
         self.patch.setattr("mhaffn.runner.Reader", ThrottledReader)
-        self.patch.setattr("mhaffn.runner.open_device", lambda device, trace: ThrottledDevice(trace, speeds.h2d))
+        made: list[ThrottledDevice] = []
+
+        def open_device(_: object, trace: Trace) -> ThrottledDevice:
+            made.append(ThrottledDevice(trace, speeds.h2d))
+            return made[0]
+
+        self.patch.setattr("mhaffn.runner.open_device", open_device)
         ends_s, runner = [], Runner(self.store, plan, device=torch.device("cpu"))
         started_s = time.perf_counter()
         try:
             for layer, block in enumerate(runner.blocks):
                 for kind in KINDS:
                     provider, norm = getattr(block, kind).weights, self.norms[Sublayer(layer, kind)]
-                    setattr(block, kind, Sleeping(provider, norm, speeds.compute_s[kind]))
+                    last = (layer, kind) == (LAYERS - 1, "ffn")
+                    setattr(block, kind, Queued(made[0], provider, norm, speeds.compute_s[kind], last))
             x = torch.zeros(1, 2 if phase == "prefill" else 1, 512, dtype=torch.bfloat16)
             for _ in range(passes):
-                runner.forward(x, None)  # type: ignore[arg-type]  # sleeping sublayers need no context
+                runner.forward(x, None)  # type: ignore[arg-type]  # queued sublayers need no context
                 ends_s.append(time.perf_counter())
         finally:
             runner.close()
