@@ -110,11 +110,11 @@ class Sizes:
     stored: Mapping[Sublayer, tuple[int, ...]] = field(default_factory=dict)
 
     def weights(self, sublayer: Sublayer) -> int:
-        return sum(self._tensors(sublayer))
+        return sum(self.tensors(sublayer))
 
     def image(self, sublayer: Sublayer) -> int:
         """An upper bound of host and device images: every tensor by its aligned cover."""
-        return sum(nbytes // PAGE * PAGE + 2 * PAGE for nbytes in self._tensors(sublayer))
+        return sum(nbytes // PAGE * PAGE + 2 * PAGE for nbytes in self.tensors(sublayer))
 
     def resident(self) -> int:
         return sum(self._nbytes(shape) for shape in self.config.resident_shapes().values())
@@ -129,14 +129,15 @@ class Sizes:
         c = self.config
         step = 3 * c.hidden_size + 3 * c.intermediate_size + 4 * c.num_heads * c.head_dim
         elements = work.tokens * 4 * c.hidden_size + min(work.tokens, CHUNK_TOKENS) * step
-        narrow = any(len(self._tensors(s)) > len(c.sublayer_shapes(s.kind)) for s in order(c.num_layers))
+        narrow = any(len(self.tensors(s)) > len(c.sublayer_shapes(s.kind)) for s in order(c.num_layers))
         return work.batch * (elements * ITEMSIZE[self.dtype] + c.vocab_size * 4 * 4) + narrow * SCRATCH_BYTES
 
     def fixed(self, work: Workload) -> int:
         """What every plan holds besides sublayers: embedding, norm, head, KV cache, activations."""
         return self.resident() + self.kv_cache(work) + self.activations(work)
 
-    def _tensors(self, sublayer: Sublayer) -> tuple[int, ...]:
+    def tensors(self, sublayer: Sublayer) -> tuple[int, ...]:
+        """Bytes of each tensor."""
         if sublayer in self.stored:
             return self.stored[sublayer]
         format = self.formats.of(sublayer) or PLAIN

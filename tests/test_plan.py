@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mhaffn.config import KINDS, ModelConfig, Sublayer, order
 from mhaffn.errors import BudgetError
+from mhaffn.formats import Formats
 from mhaffn.plan import (
     CHUNK_TOKENS,
     LIBRARY_BYTES,
@@ -345,3 +346,56 @@ def test_planning_loads_neither_torch_nor_transformers(module: str) -> None:
     program = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+LAYER_FORMATS = st.lists(st.sampled_from(["plain", "int8", "int8:32", "int4:32", "int4:32:zeros", "fp8"]), min_size=24)
+
+
+@given(
+    layers=st.integers(1, 12), chosen=LAYER_FORMATS, gpu=st.floats(0.0, 1.2), dram=st.floats(0.05, 1.2),
+    copies=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_layers_of_different_formats_fill_the_budgets(
+    layers: int, chosen: list[str], gpu: float, dram: float, copies: bool
+) -> None:
+    config = model(layers, hidden=512, ffn=2048)
+    names = [f"{s.layer}:{s.kind}={format}" for s, format in zip(order(layers), chosen, strict=False)]
+    formats = Formats.parse(layers=names)
+    sizes = Sizes(config, "bfloat16", formats)
+    by_tensor = {s: tuple(sizes.tensors(s)) for s in order(layers)}
+    assert Sizes(config, "bfloat16", stored=by_tensor).fixed(WORK) == sizes.fixed(WORK)
+    everything = sum(sizes.image(s) for s in order(layers))
+    budgets = {
+        "gpu": int(sizes.fixed(WORK) + LIBRARY_BYTES + everything * gpu) if copies else None,
+        "dram": int((0 if copies else sizes.fixed(WORK)) + everything * dram),
+    }
+    try:
+        plan = make_plan(config, "bfloat16", **budgets, copies=copies, work=WORK, formats=formats)
+    except BudgetError as error:
+        option, least = named_minimum(error)
+        assert (budgets[option] or 0) < least
+        budgets[option] = least
+        try:
+            plan = make_plan(config, "bfloat16", **budgets, copies=copies, work=WORK, formats=formats)
+        except BudgetError as again:
+            assert named_minimum(again)[0] != option
+            return
+    assert list(plan.tiers) == list(order(layers))
+    assert plan.dram_bytes <= (budgets["dram"] or 0) and plan.gpu_bytes <= (budgets["gpu"] or 0)
+    assert plan.gpu_tier_bytes == sum(sizes.image(s) for s, tier in plan.tiers.items() if tier == "gpu")
+    assert plan.dram_tier_bytes == sum(sizes.image(s) for s, tier in plan.tiers.items() if tier == "dram")
+
+
+def test_a_few_plain_layers_leave_the_others_their_memory() -> None:
+    """What differs in a few layers must not be taken for what all take."""
+    config = model(40, hidden=2048, ffn=8192)
+    plain_ends = Formats.parse("int4:32", "int4:32", ["0-1,38-39=plain"])
+    plans = {
+        name: make_plan(config, "bfloat16", dram=1200 << 20, copies=True, work=WORK, formats=formats)
+        for name, formats in (("alike", Formats.parse("int4:32", "int4:32")), ("ends", plain_ends))
+    }
+    used = {name: plan.dram_bytes for name, plan in plans.items()}
+    largest = Sizes(config, "bfloat16").image(Sublayer(0, "ffn"))
+    assert used["ends"] >= (1200 << 20) - 2 * largest
+    assert used["alike"] >= (1200 << 20) - largest

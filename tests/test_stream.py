@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import mhaffn.runner
 from mhaffn.config import Sublayer, order
 from mhaffn.device import HostDevice
 from mhaffn.errors import BudgetError, ChecksumError, EngineUnavailableError, ReadError, StreamError, TruncatedFileError
+from mhaffn.formats import Formats
 from mhaffn.plan import TIERS, Plan, Tier, Workload, make_plan
 from mhaffn.ring import ByteRing
 from mhaffn.store import Store, pack
@@ -70,6 +72,52 @@ def test_every_placement_with_copies(tiny_model: Model) -> None:
     expected = resident_tokens(folder)
     for tiers in PLACEMENTS:
         with load_placed(folder, tiers) as model:
+            assert greedy(model) == expected, tiers
+
+
+FEW_BITS = {
+    "int4": Formats.parse("int4:32", "int4:32"),
+    "int8": Formats.parse("int8", "int8"),
+    "a mix": Formats.parse("fp8", "int4:64:zeros", ["1=int8:32"]),
+}
+
+
+@pytest.fixture(scope="module")
+def few_bits(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    source = tiny_model(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2
+    )  # fmt: skip
+    packed = {
+        name: pack(source, tmp_path_factory.mktemp("few") / "store", formats=formats).path
+        for name, formats in FEW_BITS.items()
+    }
+    return packed.__getitem__
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+@pytest.mark.parametrize("with_copies", [False, True])
+def test_placements_of_weights_in_few_bits(
+    with_copies: bool, name: str, few_bits: Callable[[str], Path], request: pytest.FixtureRequest
+) -> None:
+    folder = few_bits(name)
+    expected = resident_tokens(folder)
+    if with_copies:
+        request.getfixturevalue("copying")
+    for tiers in PLACEMENTS if name == "a mix" and with_copies else PLACEMENTS[::10]:
+        with load_placed(folder, tiers, device="cpu") as model:
+            assert greedy(model) == expected, tiers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_placements_of_weights_in_few_bits_on_the_gpu(name: str, few_bits: Callable[[str], Path]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    folder = few_bits(name)
+    with load_placed(folder, ("gpu",) * 4, device="cuda") as model:
+        expected = greedy(model)
+    for tiers in PLACEMENTS[::4]:
+        with load_placed(folder, tiers, device="cuda") as model:
             assert greedy(model) == expected, tiers
 
 
