@@ -6,7 +6,9 @@ Launches may overlap (programmatic dependent launch), which CuPy's own launches 
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ SOURCE = "linear_few_rows.cu"
 ROWS_MAX = 16
 SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+FEW_ROWS_ARGUMENTS = "PPPPPPPPqiiiii"
 WHOLE_ROW = 31
 """The shift that makes every column of a row its group 0."""
 
@@ -31,13 +34,14 @@ class _Attribute(ctypes.Structure):
 
 class _Configuration(ctypes.Structure):
     _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.c_void_p),
         ("attribute_count", ctypes.c_uint),
     ]
+
+
+_OVERLAPPING = _Attribute(OVERLAP, 0, (ctypes.c_int * 16)(1))
 
 
 @cache
@@ -45,20 +49,45 @@ def _driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def launch(
-    function: int, grid: tuple[int, int], threads: int, arguments: list[Any], stream: int, *, shared: int = 0,
-    overlap: bool = False,
-) -> None:  # fmt: skip
-    """Launches a CUDA function; with ``overlap`` the kernel itself waits for the one before it."""
-    attribute = _Attribute(OVERLAP, 0, (ctypes.c_int * 16)(1))
-    configuration = _Configuration(
-        (ctypes.c_uint * 3)(*grid, 1), (ctypes.c_uint * 3)(threads, 1, 1), shared, stream,
-        ctypes.pointer(attribute), int(overlap),
-    )  # fmt: skip
-    pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-    status = _driver().cuLaunchKernelEx(ctypes.byref(configuration), ctypes.c_void_p(function), pointers, None)
-    if status:
-        raise RuntimeError(f"cuLaunchKernelEx: got CUDA error {status}, expected 0")
+@cache
+def _launch() -> Any:
+    return _driver().cuLaunchKernelEx
+
+
+class Kernel:
+    """A CUDA function with what does not change from launch to launch; a launch costs the host a few µs.
+
+    ``arguments`` are :mod:`struct` codes: ``P`` a pointer, ``q`` 64 bits, ``i`` 32 bits. With ``overlap`` the kernel
+    itself waits for the one before it.
+    """
+
+    def __init__(self, function: int, arguments: str, threads: int, shared: int = 0, overlap: bool = False) -> None:
+        self.function = ctypes.c_void_p(function)
+        self.arguments = struct.Struct(f"@{arguments}")
+        self.offsets = [struct.calcsize(f"@{arguments[: i + 1]}") - struct.calcsize(f"@{code}")
+                        for i, code in enumerate(arguments)]  # fmt: skip
+        self.pointers = ctypes.c_void_p * len(arguments)
+        self.block = (threads, 1, 1, shared)
+        self.attributes = (ctypes.addressof(_OVERLAPPING), 1) if overlap else (None, 0)
+
+    def __call__(self, grid: tuple[int, int], stream: int, *arguments: int) -> None:
+        packed = ctypes.create_string_buffer(self.arguments.size)
+        self.arguments.pack_into(packed, 0, *arguments)
+        base = ctypes.addressof(packed)
+        pointers = self.pointers(*[base + offset for offset in self.offsets])
+        configuration = _Configuration(*grid, 1, *self.block, stream, *self.attributes)
+        status = _launch()(ctypes.byref(configuration), self.function, pointers, None)
+        if status:
+            raise RuntimeError(f"cuLaunchKernelEx: got CUDA error {status}, expected 0")
+
+
+def _parts(weight: Quantized) -> tuple[int, int, int]:
+    zeros = weight.zeros
+    return weight.values.data_ptr(), weight.scales.data_ptr(), 0 if zeros is None else zeros.data_ptr()
+
+
+def _shift(weight: Quantized, width: int) -> int:
+    return WHOLE_ROW if weight.group == width else weight.group.bit_length() - 1
 
 
 def words(weight: Quantized) -> int:
@@ -92,43 +121,55 @@ def fits(x: Tensor, a: Quantized) -> bool:
 
 def chosen(x: Tensor, a: Quantized, gated: bool) -> bool:
     """Whether this kernel, rather than its Triton sibling, is the default here."""
-    return fits(x, a) and bool(_tile(x, a, gated)["DEFAULT"]) and nvrtc.available()
-
-
-def _tile(x: Tensor, a: Quantized, gated: bool) -> tiles.Tile:
-    machine = tiles.machine(x.device)
-    kernel = "quantized_cuda_gated" if gated else "quantized_cuda"
-    bits = 4 if a.format == "int4" else 8
+    if not fits(x, a):
+        return False
     columns = 1 if x.shape[0] <= 8 else 2
-    per_processor = a.shape[0] // machine.processors
-    return tiles.tile(kernel, machine.arch, bits=bits, columns=columns, per_processor=per_processor)
+    tile = _table_tile(tiles.machine(x.device), 4 if a.format == "int4" else 8, columns, a.shape[0], gated)
+    return bool(tile["DEFAULT"]) and nvrtc.available()
+
+
+@cache
+def _table_tile(machine: tiles.Machine, bits: int, columns: int, rows: int, gated: bool) -> tiles.Tile:
+    kernel = "quantized_cuda_gated" if gated else "quantized_cuda"
+    return tiles.tile(kernel, machine.arch, bits=bits, columns=columns, per_processor=rows // machine.processors)
+
+
+@cache
+def _few_rows_kernel(options: tuple[str, ...], threads: int, index: int) -> Kernel:
+    function = nvrtc._function("linear_few_rows", SOURCE, (*options, f"-I{nvrtc.SOURCES}"), index)
+    return Kernel(function.kernel.ptr, FEW_ROWS_ARGUMENTS, threads, overlap=tiles.gpu(index).overlap)
+
+
+@cache
+def _few_rows_choice(
+    dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, gated: bool, columns: int, count: int, rows: int,
+    index: int,
+) -> tuple[Kernel, int]:  # fmt: skip
+    """(kernel, its tiles of 16 rows a block) from the tile table."""
+    tile = _table_tile(tiles.gpu(index), 4 if format == "int4" else 8, columns, rows, gated)
+    options = defines(dtype, format, scale, zeros, gated, columns, count, tile)
+    return _few_rows_kernel(options, 32 * tile["WARPS"], index), tile["TILES"]
 
 
 def few_rows(x: Tensor, a: Quantized, b: Quantized | None, tile: tiles.Tile | None = None) -> Tensor:
     """x [M, D] with M up to 16, a (and b, alike) [ROWS, D] -> ``x aᵀ``, or ``silu(x aᵀ) * (x bᵀ)``, [M, ROWS]."""
     m, width = x.shape
-    rows = a.shape[0]
+    rows, columns_of_a = a.shape
     alike = b is None or (b.shape == a.shape and b.format == a.format and b.group == a.group)
-    if not (fits(x, a) and a.shape[1] == width and alike):
+    if not (fits(x, a) and columns_of_a == width and alike):
         raise ValueError(f"few_rows: got x {tuple(x.shape)}, a {a.shape} {a.format} by {a.group}; M is at most 16")
     index = torch.cuda.current_device() if x.device.index is None else x.device.index
-    tile = _tile(x, a, b is not None) if tile is None else tile
-    options = defines(
-        x.dtype, a.format, a.scales.dtype, a.zeros is not None, b is not None, 1 if m <= 8 else 2, words(a), tile
-    )
-    function = nvrtc._function("linear_few_rows", SOURCE, (*options, f"-I{nvrtc.SOURCES}"), index)
+    kind = (x.dtype, a.format, a.scales.dtype, a.zeros is not None, b is not None, 1 if m <= 8 else 2, words(a))
+    if tile is None:
+        kernel, tiles_a_block = _few_rows_choice(*kind, rows, index)
+    else:
+        kernel, tiles_a_block = _few_rows_kernel(defines(*kind, tile), 32 * tile["WARPS"], index), tile["TILES"]
     out = torch.empty((m, rows), dtype=x.dtype, device=x.device)
-    shift = WHOLE_ROW if a.group == width else a.group.bit_length() - 1
-    arguments: list[Any] = [ctypes.c_void_p(x.data_ptr())]
-    for matrix in (a, a if b is None else b):
-        parts = (matrix.values, matrix.scales, matrix.zeros)
-        arguments += [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in parts]
-    arguments += [ctypes.c_void_p(out.data_ptr()), ctypes.c_longlong(x.stride(0))]
-    arguments += [ctypes.c_int(n) for n in (m, rows, width, width // a.group, shift)]
-    stream = torch.cuda.current_stream(index).cuda_stream
-    grid = (-(-rows // (16 * tile["TILES"])), 1)
-    overlap = tiles.gpu(index).overlap
-    launch(function.kernel.ptr, grid, 32 * tile["WARPS"], arguments, stream, overlap=overlap)
+    kernel(
+        (-(-rows // (16 * tiles_a_block)), 1), torch.cuda.current_stream(index).cuda_stream, x.data_ptr(), *_parts(a),
+        *_parts(a if b is None else b), out.data_ptr(), x.stride(0), m, rows, width, width // a.group,
+        _shift(a, width),
+    )  # fmt: skip
     return out
 
 
@@ -137,12 +178,17 @@ def few_rows(x: Tensor, a: Quantized, b: Quantized | None, tile: tiles.Tile | No
 SOURCE_SM90 = "linear_sm90.cu"
 SM90_ROWS_MAX = 2048
 """Rows of one launch: they are first copied, in the order of the weights' columns."""
+PARTED_ROWS_MAX = 128
+"""Rows up to which the columns may be cut into parts: their sums in float32 are ``PARTS_MAX`` times a result."""
+PARTS_MAX = 4
+JOIN_THREADS = 256
 
 
 def sm90_defines(dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, tile: tiles.Tile) -> tuple[str, ...]:
     values = {
         "HALF": int(dtype == torch.float16), "BITS": 4 if format == "int4" else 8, "FLOAT8": int(format == "fp8"),
         "SCALE": SCALES[scale], "ZEROS": int(zeros), "TOKENS": tile["TOKENS"], "STAGES": tile["STAGES"],
+        "AHEAD": tile["AHEAD"],
     }  # fmt: skip
     return tuple(f"-D{name}={value}" for name, value in values.items())
 
@@ -156,26 +202,46 @@ def _include_folders() -> list[str]:
     return [f"-I{root / 'include'}" for root in roots if (root / "include" / "cuda_bf16.h").exists()][:1]
 
 
+@dataclass(frozen=True)
+class _Sm90:
+    """The kernels of ``linear_sm90.cu``, and the module that holds them."""
+
+    arrange: Kernel
+    multiply: Kernel
+    join: Kernel
+    module: Any
+
+
 @cache
-def _functions_sm90(defines: tuple[str, ...], shared: int, device_index: int) -> tuple[int, int, Any]:
-    """(``arrange``, ``linear_sm90``, the module that holds them), for sm_90a: CuPy itself compiles for sm_90."""
+def _sm90(
+    dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, tile: tuple[tuple[str, int], ...], index: int
+) -> _Sm90:
+    """Compiled for sm_90a, which CuPy itself does not."""
     import cupy
     from cupy_backends.cuda.libs import nvrtc as compiler
 
-    options = ("--gpu-architecture=sm_90a", "--std=c++17", f"-I{nvrtc.SOURCES}", *_include_folders(), *defines)
+    sizes = dict(tile)
+    shared = sizes["STAGES"] * sizes["TOKENS"] * 128
+    defined = sm90_defines(dtype, format, scale, zeros, sizes)
+    options = ("--gpu-architecture=sm_90a", "--std=c++17", f"-I{nvrtc.SOURCES}", *_include_folders(), *defined)
     program = compiler.createProgram((nvrtc.SOURCES / SOURCE_SM90).read_text(), SOURCE_SM90, (), ())
     try:
         compiler.compileProgram(program, options)
     except Exception:
         raise RuntimeError(compiler.getProgramLog(program)) from None
     module = cupy.cuda.function.Module()
-    with cupy.cuda.Device(device_index):
+    with cupy.cuda.Device(index):
         module.load(compiler.getCUBIN(program))
-        arrange, multiply = module.get_function("arrange").ptr, module.get_function("linear_sm90").ptr
+        arrange, multiply, join = (module.get_function(name).ptr for name in ("arrange", "linear_sm90", "join"))
         status = _driver().cuFuncSetAttribute(ctypes.c_void_p(multiply), 8, shared)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
     if status:
         raise RuntimeError(f"cuFuncSetAttribute: got CUDA error {status}, expected 0")
-    return arrange, multiply, module
+    return _Sm90(
+        Kernel(arrange, "PPqiii", 128),
+        Kernel(multiply, "PPPPPPiiiiiii", 384, shared),
+        Kernel(join, "PPqi", JOIN_THREADS),
+        module,
+    )
 
 
 def sm90_fits(x: Tensor, a: Quantized) -> bool:
@@ -183,34 +249,67 @@ def sm90_fits(x: Tensor, a: Quantized) -> bool:
     return x.element_size() == 2 and tiles.machine(x.device).gluon and a.values.shape[1] % 16 == 0
 
 
-def many_rows(x: Tensor, a: Quantized, tile: tiles.Tile) -> Tensor:
-    """x [M, D], a [ROWS, D] -> ``x aᵀ`` [M, ROWS], on sm_90."""
+@cache
+def column_parts(blocks: int, steps: int, ahead: int, processors: int) -> int:
+    """Parts that the columns are cut into, so that blocks of 128 rows fill the processors.
+
+    ``blocks`` are those of one part, ``steps`` of 128 columns the whole row's. A block costs its steps and what it
+    takes to start and to end, in steps; parts cost their joining.
+    """
+
+    def cost(parts: int) -> int:
+        mine = -(-steps // (parts * ahead)) * ahead
+        return -(-blocks * parts // processors) * (mine + 6) + (10 if parts > 1 else 0)
+
+    return min(range(1, PARTS_MAX + 1), key=cost)
+
+
+@cache
+def _sm90_tile(machine: tiles.Machine, bits: int, tokens: int, rows: int) -> tiles.Tile:
+    return tiles.tile("quantized_sm90", machine.arch, bits=bits, rows=tokens, per_processor=rows // machine.processors)
+
+
+def many_rows(x: Tensor, a: Quantized, tile: tiles.Tile | None = None, parts: int | None = None) -> Tensor:
+    """x [M, D], a [ROWS, D] -> ``x aᵀ`` [M, ROWS], on sm_90; the columns in ``parts``, by default as fill the GPU."""
     width, rows = x.shape[1], a.shape[0]
     if not sm90_fits(x, a) or a.shape[1] != width:
         raise ValueError(f"many_rows: got x {x.dtype} {tuple(x.shape)}, a {a.shape} {a.format}; rows of 16 bytes each")
+    if tile is None:
+        tile = _sm90_tile(tiles.machine(x.device), 4 if a.format == "int4" else 8, x.shape[0], rows)
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     for first in range(0, x.shape[0], SM90_ROWS_MAX):
-        _many_rows(x[first : first + SM90_ROWS_MAX], a, out[first : first + SM90_ROWS_MAX], tile)
+        _many_rows(x[first : first + SM90_ROWS_MAX], a, out[first : first + SM90_ROWS_MAX], tile, parts)
     return out
 
 
-def _many_rows(x: Tensor, a: Quantized, out: Tensor, tile: tiles.Tile) -> None:
+def _many_rows(x: Tensor, a: Quantized, out: Tensor, tile: tiles.Tile, parts: int | None) -> None:
     (m, width), rows = x.shape, a.shape[0]
     index = torch.cuda.current_device() if x.device.index is None else x.device.index
-    tokens, shared = tile["TOKENS"], tile["STAGES"] * tile["TOKENS"] * 128
-    options = sm90_defines(x.dtype, a.format, a.scales.dtype, a.zeros is not None, tile)
-    arrange, multiply, _ = _functions_sm90(options, shared, index)
-    blocks, token_tiles = 2 * -(-width // 128), -(-m // tokens)
+    tokens, ahead = tile["TOKENS"], tile["AHEAD"]
+    kernels = _sm90(x.dtype, a.format, a.scales.dtype, a.zeros is not None, tuple(tile.items()), index)
+    steps, token_tiles, row_tiles = -(-width // 128), -(-m // tokens), -(-rows // 128)
+    if m > PARTED_ROWS_MAX:
+        parts = 1
+    elif parts is None:
+        parts = column_parts(row_tiles * token_tiles, steps, ahead, tiles.gpu(index).processors)
+    blocks = parts * -(-steps // (parts * ahead)) * ahead * 2  # of 64 columns, past the width zeros
     arranged = torch.empty(token_tiles * tokens * blocks * 64, dtype=x.dtype, device=x.device)
+    joined = torch.empty(parts * m * rows, dtype=torch.float32, device=x.device) if parts > 1 else None
     stream = torch.cuda.current_stream(index).cuda_stream
-    pointer, int32 = ctypes.c_void_p, ctypes.c_int
-    arguments: list[Any] = [pointer(x.data_ptr()), pointer(arranged.data_ptr()), ctypes.c_longlong(x.stride(0))]
-    arguments += [int32(n) for n in (m, width, blocks)]
-    launch(arrange, (blocks // 2, token_tiles * tokens // 8), 128, arguments, stream)
-    parts = (a.values, a.scales, a.zeros)
-    arguments = [pointer(arranged.data_ptr())]
-    arguments += [pointer(None if t is None else t.data_ptr()) for t in parts]
-    arguments += [pointer(out.data_ptr())]
-    shift = WHOLE_ROW if a.group == width else a.group.bit_length() - 1
-    arguments += [int32(n) for n in (m, rows, width, width // a.group, shift, blocks, token_tiles)]
-    launch(multiply, (-(-rows // 128) * token_tiles, 1), 384, arguments, stream, shared=shared)
+    kernels.arrange(
+        (blocks // 2, token_tiles * tokens // 8),
+        stream,
+        x.data_ptr(),
+        arranged.data_ptr(),
+        x.stride(0),
+        m,
+        width,
+        blocks,
+    )
+    kernels.multiply(
+        (row_tiles * token_tiles, parts), stream, arranged.data_ptr(), *_parts(a), out.data_ptr(),
+        0 if joined is None else joined.data_ptr(), m, rows, width, width // a.group, _shift(a, width), blocks,
+        token_tiles,
+    )  # fmt: skip
+    if joined is not None:
+        kernels.join((-(-m * rows // JOIN_THREADS), 1), stream, joined.data_ptr(), out.data_ptr(), m * rows, parts)

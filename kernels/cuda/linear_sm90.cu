@@ -6,10 +6,15 @@
 // right operand, in shared memory, by tiles that `arrange` has written beforehand as they lie there: in the weights'
 // order of columns, swizzled. So a tile is one bulk copy, and no address is computed while multiplying.
 //
-// A block makes 128 rows x TOKENS tokens: one thread copies, two groups of four warps multiply 64 rows each. While a
-// group's product of 64 columns runs, it unpacks the next 64.
+// A block makes 128 rows x TOKENS tokens of one of gridDim.y parts of the columns: one thread copies, two groups of four
+// warps multiply 64 rows each. While a group's product of 64 columns runs, it unpacks the next 64; the weights of AHEAD
+// rounds are on their way from memory, which with 64 tokens is what binds. Parts are written in float32 and joined by
+// `join`, in their order.
 //
-// Compiled for sm_90a with few_bits.cuh's -D options and ZEROS=0|1, TOKENS=64|128|256, STAGES.
+// A product reads its left operand and writes its sums after the instruction was issued, until it is waited for. The
+// compiler orders neither around a wait, so `hold` does: registers pass through it before they are read or reused.
+//
+// Compiled for sm_90a with few_bits.cuh's -D options and ZEROS=0|1, TOKENS=64|128|256, STAGES, AHEAD.
 
 #include "few_bits.cuh"
 
@@ -90,12 +95,26 @@ __device__ inline void multiply(float (&c)[kAtom / 2], const unsigned* a, unsign
 #endif
 }
 
+__device__ inline void hold(float (&c)[kAtoms][kAtom / 2]) {
+#pragma unroll
+    for (int n = 0; n < kAtoms; ++n)
+#pragma unroll
+        for (int i = 0; i < kAtom / 2; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
+}
+
+__device__ inline void hold(unsigned (&left)[4][4]) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(left[q][i])::"memory");
+}
+
 struct Matrix {
     const uint4* values;
     const scale_type* scales;
     const scale_type* zeros;
     int row[2];
-    int width, groups, group_shift;
+    int width, end, groups, group_shift;  // end: of this block's columns
 };
 
 // 128 columns of two rows, as loaded.
@@ -107,15 +126,23 @@ struct Packed {
 #endif
 };
 
+__device__ inline uint4 stream(const uint4* p) {  // read once by this processor: keep it out of L1
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
 __device__ inline void load(Packed& w, const Matrix& a, int k) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
         const int kk = k + kStepColumns / kLoads * i + kThreadColumns * (int(threadIdx.x) % 4);
-        const bool inside = kk < a.width;
+        const bool inside = kk < a.end;
         const int group = inside ? kk >> a.group_shift : 0;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            w.at[h][i] = inside ? __ldg(a.values + ((long long)a.row[h] * a.width + kk) / kThreadColumns)
+            w.at[h][i] = inside ? stream(a.values + ((long long)a.row[h] * a.width + kk) / kThreadColumns)
                                 : make_uint4(0, 0, 0, 0);
             w.scale[h][i] = __ldg(a.scales + (long long)a.row[h] * a.groups + group);
 #if ZEROS
@@ -176,12 +203,13 @@ __device__ inline void unpack_block(unsigned (&left)[4][4], const Packed& w, int
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     linear_sm90(const element* __restrict__ tiles, const uint4* __restrict__ values, const scale_type* __restrict__ scales,
-                const scale_type* __restrict__ zeros, element* __restrict__ out, int m, int rows, int width, int groups,
-                int group_shift, int blocks, int token_tiles) {
+                const scale_type* __restrict__ zeros, element* __restrict__ out, float* __restrict__ parts, int m, int rows,
+                int width, int groups, int group_shift, int blocks, int token_tiles) {
     extern __shared__ __align__(1024) unsigned char shared[];  // STAGES tiles; at the end, the results
     __shared__ unsigned long long full[STAGES], empty[STAGES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_row = blockIdx.x / token_tiles * 128, token_tile = blockIdx.x % token_tiles;
+    const int mine = blocks / gridDim.y, first_block = blockIdx.y * mine;  // a multiple of 2 * AHEAD
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
@@ -196,8 +224,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (warp == 8 && lane == 0) {
             const unsigned char* source =
-                reinterpret_cast<const unsigned char*>(tiles) + (long long)token_tile * blocks * kTileBytes;
-            for (int k = 0; k < blocks; ++k) {
+                reinterpret_cast<const unsigned char*>(tiles) + ((long long)token_tile * blocks + first_block) * kTileBytes;
+            for (int k = 0; k < mine; ++k) {
                 const int s = k % STAGES;
                 await(empty + s, (k / STAGES + 1) & 1);
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(full + s)),
@@ -214,8 +242,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 
-    const int local = 16 * warp + lane / 4;
-    Matrix a{values, scales, zeros, {}, width, groups, group_shift};
+    const int local = 16 * warp + lane / 4, first_column = first_block * kBlockColumns;
+    Matrix a{values, scales, zeros, {}, width, min(width, first_column + mine * kBlockColumns), groups, group_shift};
 #pragma unroll
     for (int h = 0; h < 2; ++h) a.row[h] = min(first_row + local + 8 * h, rows - 1);
     float c[kAtoms][kAtom / 2];
@@ -223,37 +251,55 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     for (int n = 0; n < kAtoms; ++n)
 #pragma unroll
         for (int i = 0; i < kAtom / 2; ++i) c[n][i] = 0.0f;
-    Packed now, next;
-    unsigned left[2][4][4];
-    load(now, a, 0);
-    load(next, a, kStepColumns);
-    unpack_block(left[0], now, 0);
-    for (int k = 0; k < blocks; k += 2) {  // blocks is even
+    Packed packed[AHEAD];
+    unsigned left[2][4][4] = {};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int at = k + half, s = at % STAGES;
-            await(full + s, at / STAGES & 1);
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-            const unsigned long long right = descriptor(shared + s * kTileBytes);
+    for (int d = 0; d < AHEAD; ++d) load(packed[d], a, first_column + d * kStepColumns);
+    unpack_block(left[0], packed[0], 0);
+    hold(c);
+    for (int k = 0; k < mine; k += 2 * AHEAD) {
 #pragma unroll
-            for (int q = 0; q < 4; ++q)
+        for (int d = 0; d < AHEAD; ++d) {
 #pragma unroll
-                for (int n = 0; n < kAtoms; ++n)  // 32 bytes of columns, kAtom rows of 128 bytes
-                    multiply(c[n], left[half][q], right + 2 * q + n * (kAtom * 128 / 16));
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if (at > 0 && lane == 0) arrive(empty + (at - 1) % STAGES);
-            if (half == 0) {
-                unpack_block(left[1], now, 1);
-            } else {
-                now = next;
-                load(next, a, (k / 2 + 2) * kStepColumns);
-                unpack_block(left[0], now, 0);
+            for (int half = 0; half < 2; ++half) {
+                const int at = k + 2 * d + half, s = at % STAGES;
+                await(full + s, at / STAGES & 1);
+                hold(left[half]);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                const unsigned long long right = descriptor(shared + s * kTileBytes);
+#pragma unroll
+                for (int q = 0; q < 4; ++q)
+#pragma unroll
+                    for (int n = 0; n < kAtoms; ++n)  // 32 bytes of columns, kAtom rows of 128 bytes
+                        multiply(c[n], left[half][q], right + 2 * q + n * (kAtom * 128 / 16));
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                hold(left[1 - half]);
+                if (at > 0 && lane == 0) arrive(empty + (at - 1) % STAGES);
+                if (half == 0) {
+                    unpack_block(left[1], packed[d], 1);
+                    load(packed[d], a, first_column + (k + 2 * (d + AHEAD)) * kBlockColumns);
+                } else {
+                    unpack_block(left[0], packed[(d + 1) % AHEAD], 0);
+                }
             }
         }
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    hold(left[1]);
+    hold(c);
 
+    if (gridDim.y > 1) {
+#pragma unroll
+        for (int n = 0; n < kAtoms; ++n)
+#pragma unroll
+            for (int i = 0; i < kAtom / 2; ++i) {
+                const int token = token_tile * TOKENS + n * kAtom + i / 4 * 8 + lane % 4 * 2 + i % 2;
+                const int row = first_row + local + i % 4 / 2 * 8;
+                if (token < m && row < rows) parts[((long long)blockIdx.y * m + token) * rows + row] = c[n][i];
+            }
+        return;
+    }
     constexpr int kPitch = 128 + 8;  // elements between tokens: rows of results, turned through shared memory
     element* turned = reinterpret_cast<element*>(shared);
 #pragma unroll
@@ -276,4 +322,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 for (int i = 0; i < 8 && row + i < rows; ++i) to[i] = from[i];
         }
     }
+}
+
+// parts [count][elements] -> out [elements]: their sum, in order.
+extern "C" __global__ void join(const float* __restrict__ parts, element* __restrict__ out, long long elements, int count) {
+    const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= elements) return;
+    float total = 0.0f;
+    for (int i = 0; i < count; ++i) total += parts[i * elements + at];
+    out[at] = narrow(total);
 }
