@@ -13,8 +13,10 @@ from torch import Tensor
 from ..quantized import Quantized, dequantize
 from . import reference
 
-DEQUANTIZED_BYTES = 32 << 20
-"""Bound on the weight rows that are dequantised at a time: on a GPU they are multiplied out of its cache."""
+DEQUANTIZED_BYTES = 128 << 20
+"""Bound on the weight rows that are dequantised at a time: enough of them that a product fills a GPU."""
+DEQUANTIZED_ROWS = 256
+"""Their number is a multiple of this: at others the products are several times slower."""
 FFN_CHUNK_BYTES = 1 << 30  # bound on each [M, F] intermediate: a long prompt goes through in row chunks
 
 
@@ -109,10 +111,13 @@ def linear_in_chunks(
     """x [M, D] -> [M, N]: dequantises a chunk of rows, multiplies, goes on with the next."""
     rows, width = weight.shape
     chunk = max(1, DEQUANTIZED_BYTES // (width * x.element_size()))
+    chunk = chunk // DEQUANTIZED_ROWS * DEQUANTIZED_ROWS or chunk
+    if rows <= chunk:
+        return F.linear(x, dequantized(weight, x.dtype))
     out = x.new_empty((x.shape[0], rows))
     for first in range(0, rows, chunk):
         part = dequantized(rows_of(weight, first, first + chunk), x.dtype)
-        out[:, first : first + chunk] = F.linear(x, part)
+        torch.mm(x, part.t(), out=out[:, first : first + chunk])
     return out
 
 

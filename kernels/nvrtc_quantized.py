@@ -92,8 +92,12 @@ def _shift(weight: Quantized, width: int) -> int:
 
 def words(weight: Quantized) -> int:
     """32-bit words that a thread reads at once: four threads' lie in one group, and rows end with a thread's."""
-    bits = 4 if weight.format == "int4" else 8
-    row, group = weight.shape[1] * bits // 8, weight.group * bits // 8
+    return _words(4 if weight.format == "int4" else 8, weight.values.shape[1], weight.group)
+
+
+@cache
+def _words(bits: int, row: int, group_columns: int) -> int:
+    group = group_columns * bits // 8
     for count in (4, 2, 1):
         if row % (4 * count) == 0 and (group == row or group % (16 * count) == 0):
             return count
@@ -266,7 +270,16 @@ def column_parts(blocks: int, steps: int, ahead: int, processors: int) -> int:
 
 @cache
 def _sm90_tile(machine: tiles.Machine, bits: int, tokens: int, rows: int) -> tiles.Tile:
-    return tiles.tile("quantized_sm90", machine.arch, bits=bits, rows=tokens, per_processor=rows // machine.processors)
+    per_processor = rows // machine.processors
+    return tiles.tile("quantized_sm90", machine.arch, bits=bits, rows=tokens, per_processor=per_processor)
+
+
+def many_rows_chosen(x: Tensor, a: Quantized) -> bool:
+    """Whether ``linear_sm90.cu`` is the default here."""
+    if not sm90_fits(x, a):
+        return False
+    tile = _sm90_tile(tiles.machine(x.device), 4 if a.format == "int4" else 8, x.shape[0], a.shape[0])
+    return bool(tile["DEFAULT"]) and nvrtc.available()
 
 
 def many_rows(x: Tensor, a: Quantized, tile: tiles.Tile | None = None, parts: int | None = None) -> Tensor:

@@ -130,12 +130,16 @@ def few_rows_quantized(x: Tensor, a: Quantized, b: Quantized | None) -> Tensor:
 
 def product(x: Tensor, weight: Quantized) -> Tensor:
     """x [M, D] -> [M, N]."""
-    from . import quantized
+    from . import nvrtc_quantized, quantized
 
     if x.shape[0] == 0 or x.dtype == float32:
         return library.linear_in_chunks(x, weight)
-    if x.shape[0] <= quantized.ROWS_MAX:
+    if x.shape[0] <= nvrtc_quantized.ROWS_MAX:
         return few_rows_quantized(x, weight, None)
+    if nvrtc_quantized.many_rows_chosen(x, weight):
+        return nvrtc_quantized.many_rows(x, weight)
+    if x.shape[0] <= quantized.ROWS_MAX:
+        return quantized.linear(x, weight)
     return library.linear_in_chunks(x, weight, quantized.dequantize)
 
 

@@ -18,6 +18,8 @@ import torch
 
 from mhaffn.kernels import nvrtc, nvrtc_quantized, tiles
 
+from . import sass
+
 SCRIPT = Path(__file__).with_name("aot.py")
 ROOT = Path(__file__).parents[2]
 SPILL_BYTES_MAX = 512  # a thread; only heads of 256 with a mask come near it
@@ -112,6 +114,10 @@ def test_cuda_source_compiles(name, arch, options, tmp_path):
         spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", run.stderr)]
         assert spilled and max(spilled) <= CUDA_SPILL_BYTES_MAX, run.stderr
         assert "wgmma.mma_async instructions are serialized" not in run.stderr
+        if name == nvrtc_quantized.SOURCE_SM90:
+            code = sass.disassembled(tmp_path / "out.cubin", "linear_sm90")
+            assert any("HGMMA" in text for _, text in code)
+            assert not sass.hazards(code), "\n".join(sass.hazards(code)[:8])
     elif root := _nvrtc_wheel():
         _compile_with_nvrtc(root, source.read_text(), [f"--gpu-architecture={arch}", *options])
     else:
