@@ -29,7 +29,11 @@ FORMATS = [
     ("int8", 0, False),
     ("fp8", 0, False),
 ]
-SM90_TILES = [{"TOKENS": 64, "STAGES": 8}, {"TOKENS": 128, "STAGES": 8}, {"TOKENS": 256, "STAGES": 4}]
+SM90_TILES = [
+    {"TOKENS": 64, "STAGES": 8, "AHEAD": 4},
+    {"TOKENS": 128, "STAGES": 8, "AHEAD": 4},
+    {"TOKENS": 256, "STAGES": 4, "AHEAD": 2},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +100,9 @@ def test_products(implementation, rows, width, format, group, zeros, dtype):
         pytest.skip("for sm_90, through CuPy")
     a, b = (weight(format, rows, width, group, zeros) for _ in range(2))
     if implementation == "sm90":
-        for m, tile in zip((1, 63, 300), SM90_TILES, strict=True):
-            x = randn(m, width, dtype)
-            check(lambda x=x, tile=tile: nvrtc_quantized.many_rows(x, a, tile), x, [a], product)
+        for m, number, parts in ((63, 0, 1), (17, 0, 2), (100, 0, 3), (128, 1, 4), (300, 2, 1)):
+            x, tile = randn(m, width, dtype), SM90_TILES[number]
+            check(lambda x=x, t=tile, p=parts: nvrtc_quantized.many_rows(x, a, t, p), x, [a], product)
         return
     run = quantized.linear if implementation == "triton" else nvrtc_quantized.few_rows
     for m in (1, 7, 16) if implementation == "cuda" else (1, 16, 100):
@@ -106,6 +110,19 @@ def test_products(implementation, rows, width, format, group, zeros, dtype):
         check(lambda x=x: run(x, a, None), x, [a], product)
         if m <= 16:
             check(lambda x=x: run(x, a, b), x, [a, b], gated)
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_many_rows_do_not_differ_from_run_to_run(dtype, format):
+    """Of enough blocks to fill the GPU, so that their timing differs."""
+    if not (HOPPER and nvrtc.available()):
+        pytest.skip("for sm_90, through CuPy")
+    a = weight(format, 28672, 4096, 128 if format == "int4" else 0, False)
+    for m, tile, parts in ((64, SM90_TILES[0], 2), (128, SM90_TILES[1], 1), (600, SM90_TILES[2], 1)):
+        x = randn(m, 4096, dtype)
+        first = nvrtc_quantized.many_rows(x, a, tile, parts)
+        assert all(torch.equal(first, nvrtc_quantized.many_rows(x, a, tile, parts)) for _ in range(20))
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
