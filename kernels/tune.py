@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention_decode, attention_prefill, ffn, nvrtc, tiles, timing
+from ..quantized import Quantized
+from . import attention_decode, attention_prefill, ffn, library, nvrtc, nvrtc_quantized, quantized, tiles, timing
 
 DTYPE = torch.bfloat16
 COLD_BYTES = 200 << 20  # inputs of consecutive calls: more than any L2
@@ -58,6 +59,33 @@ CUDA_TILES = [
     (2, 8, 1, 2),
     (2, 4, 1, 4),
     (2, 8, 2, 2),
+]
+FEW_BITS_TILES = [
+    (32, 128, 4, 4),
+    (64, 128, 3, 4),
+    (128, 128, 3, 4),
+    (128, 128, 3, 8),
+    (256, 128, 3, 8),
+]
+FEW_BITS_CUDA_TILES = [
+    (1, 4, 2, 3),
+    (1, 4, 2, 4),
+    (1, 4, 1, 6),
+    (1, 8, 1, 2),
+    (1, 8, 1, 3),
+    (2, 4, 1, 2),
+    (2, 4, 1, 4),
+    (2, 8, 1, 1),
+    (2, 8, 1, 2),
+    (4, 4, 1, 2),
+]
+FEW_BITS_SM90_TILES = [
+    (64, 8, 2),
+    (64, 8, 4),
+    (128, 8, 2),
+    (128, 8, 4),
+    (256, 4, 2),
+    (256, 6, 2),
 ]
 
 
@@ -172,6 +200,7 @@ def problems() -> list[Problem]:
     gate_up = named("BLOCK_M BLOCK_F BLOCK_D GROUP STAGES WARPS", GATE_UP_TILES)
     found.append(Problem("gate_up", {"element": 2}, gate_up, [gate_up_shape(2048)]))
     found += few_rows_problems()
+    found += few_bits_problems()
     return found
 
 
@@ -196,6 +225,77 @@ def few_rows_problems() -> list[Problem]:
                 sizes = {"element": 2, "rows": 16, "per_processor": bound.get("per_processor", 1 << 20)}
                 rival = (name, sizes, few_shape(ffn.few_rows, m, rows, width, gated))
                 found.append(Problem(name_cuda, {"columns": columns, **bound}, cuda_tiles, few, rival))
+    return found
+
+
+def few_bits(bits: int, rows: int, width: int) -> Quantized:
+    """Random int4 by groups of 128, or int8 by rows."""
+    values = torch.randint(0, 256, (rows, width * bits // 8), device="cuda", dtype=torch.uint8)
+    group = 128 if bits == 4 else width
+    scales = torch.full((rows, width // group), 0.01, device="cuda", dtype=DTYPE)
+    return Quantized("int4" if bits == 4 else "int8", values.view(values.dtype if bits == 4 else torch.int8), scales,
+                     None, group)  # fmt: skip
+
+
+def few_bits_shape(
+    run: Callable[..., Tensor], m: int, bits: int, rows: int, width: int, gated: bool = False
+) -> Callable[..., Any]:
+    """``run(x, a, b or None, tile)`` on weights that the cache does not hold together."""
+    sets: list[tuple[Quantized, Quantized | None]] = []
+
+    def calls(tile: tiles.Tile) -> list[timing.Call]:
+        if not sets:
+            count = max(2, COLD_BYTES * 8 // (rows * width * bits * (1 + gated)))
+            new = lambda: few_bits(bits, rows, width)  # noqa: E731
+            sets.extend((new(), new() if gated else None) for _ in range(count))
+        x = randn(m, width)
+        once = [lambda s=s: run(x, *s, tile) for s in sets]
+        return once * (-(-DECODE_CALLS_MIN // len(once)) if m <= 128 else 1)
+
+    return calls
+
+
+def few_bits_problems() -> list[Problem]:
+    """70B widths: up (and gate), then down; the rules of 4 bits go before those of 8."""
+    found = []
+    triton_tiles = named("BLOCK_R BLOCK_D STAGES WARPS", FEW_BITS_TILES)
+    cuda_tiles = named("TILES WARPS STEPS BLOCKS", FEW_BITS_CUDA_TILES)
+    sm90_tiles = named("TOKENS STAGES AHEAD", FEW_BITS_SM90_TILES)
+    sm90 = tiles.machine(torch.device("cuda")).gluon
+
+    def many(x: Tensor, a: Quantized, b: None, tile: tiles.Tile) -> Tensor:
+        return nvrtc_quantized.many_rows(x, a, tile)
+
+    def chunks(x: Tensor, a: Quantized, b: None, tile: tiles.Tile) -> Tensor:
+        return library.linear_in_chunks(x, a, quantized.dequantize)
+
+    for bits, (rows, width) in itertools.product((4, 8), ((8192, 28672), (28672, 8192))):
+        bound = ({"bits": 4} if bits == 4 else {}) | ({"per_processor": 70} if rows < 9000 else {})
+        shape = (bits, rows, width)
+        sizes = {"bits": bits, "per_processor": rows // 132}
+        for m in (16, 32, 64, 128):
+            few = [few_bits_shape(quantized.linear, m, *shape)]
+            found.append(Problem("quantized", {**bound, "rows": m}, triton_tiles, few))
+        for gated in (False, True) if rows > width else (False,):
+            suffix = "_gated" if gated else ""
+            if gated:
+                few = [few_bits_shape(quantized.linear, m, *shape, gated) for m in (1, 16)]
+                found.append(Problem("quantized_gated", {**bound, "rows": 16}, triton_tiles, few))
+            for columns, m in ((1, 1), (2, 16)):
+                rival = (
+                    f"quantized{suffix}",
+                    {**sizes, "rows": 16},
+                    few_bits_shape(quantized.linear, m, *shape, gated),
+                )
+                few = [few_bits_shape(nvrtc_quantized.few_rows, m, *shape, gated)]
+                found.append(Problem(f"quantized_cuda{suffix}", {**bound, "columns": columns}, cuda_tiles, few, rival))
+        for m in (64, 128, 2048) if sm90 else ():
+            run = quantized.linear if m <= 128 else chunks
+            rival = ("quantized", {**sizes, "rows": min(m, 128)}, few_bits_shape(run, m, *shape))
+            limit = {"rows": m} if m <= 128 else {}
+            found.append(
+                Problem("quantized_sm90", {**bound, **limit}, sm90_tiles, [few_bits_shape(many, m, *shape)], rival)
+            )
     return found
 
 

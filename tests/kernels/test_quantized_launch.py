@@ -1,0 +1,60 @@
+"""How products with weights in few bits are launched: what needs no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from mhaffn.kernels import library, nvrtc_quantized
+from mhaffn.quantized import dequantize
+
+from .weights import random_weight
+
+
+def test_arguments_reach_the_driver_as_the_kernel_declares_them(monkeypatch):
+    seen = {}
+
+    def launch(configuration, function, pointers, extra):
+        kinds = (ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_void_p)
+        seen["arguments"] = [kind.from_address(at).value for kind, at in zip(kinds, pointers, strict=True)]
+        c = configuration._obj
+        seen["grid"] = (c.grid_x, c.grid_y, c.grid_z, c.block_x, c.block_y, c.block_z, c.shared, c.stream)
+        seen["attributes"] = (bool(c.attributes), c.attribute_count)
+        seen["function"], seen["extra"] = function.value, extra
+        return 0
+
+    monkeypatch.setattr(nvrtc_quantized, "_launch", lambda: launch)
+    kernel = nvrtc_quantized.Kernel(0x7F00, "PqiP", threads=96, shared=512, overlap=True)
+    kernel((7, 2), 0x55, 1 << 40, 1 << 35, 3, 1 << 41)
+    assert seen["arguments"] == [1 << 40, 1 << 35, 3, 1 << 41]
+    assert seen["grid"] == (7, 2, 1, 96, 1, 1, 512, 0x55)
+    assert seen["attributes"] == (True, 1)
+    assert (seen["function"], seen["extra"]) == (0x7F00, None)
+
+
+def test_an_error_of_the_driver_is_told(monkeypatch):
+    monkeypatch.setattr(nvrtc_quantized, "_launch", lambda: lambda *arguments: 701)
+    with pytest.raises(RuntimeError, match="got CUDA error 701, expected 0"):
+        nvrtc_quantized.Kernel(1, "i", 32)((1, 1), 0, 5)
+
+
+@pytest.mark.parametrize(("blocks", "steps", "expected"), [(64, 224, 2), (224, 64, 1), (8, 64, 4), (8, 4, 1)])
+def test_columns_are_cut_where_rows_do_not_fill_the_processors(blocks, steps, expected):
+    """[8192, 28672], [28672, 8192], [1024, 8192] and [1024, 512] on 132 processors."""
+    assert nvrtc_quantized.column_parts(blocks, steps, 4, 132) == expected
+
+
+def test_chunks_of_dequantised_rows_are_round(monkeypatch):
+    a, x = random_weight("int4", 700, 96, 32), torch.randn(3, 96)
+    monkeypatch.setattr(library, "DEQUANTIZED_BYTES", 300 * 96 * 4)
+    sizes = []
+
+    def counted(weight, dtype):
+        sizes.append(weight.shape[0])
+        return dequantize(weight, dtype)
+
+    got = library.linear_in_chunks(x, a, counted)
+    assert sizes == [256, 256, 188]
+    torch.testing.assert_close(got, x @ dequantize(a).T)
