@@ -61,11 +61,12 @@ class Compute:
 
 @dataclass(frozen=True)
 class Mix:
-    """A placement, and the numbers of tokens that passes over it take."""
+    """A placement, and the numbers of tokens that passes over it take; with ``plan``, as that has it."""
 
     name: str
     tiers: Tiers
     tokens: tuple[int, ...]
+    plan: Plan | None = None
 
 
 def main() -> None:
@@ -148,7 +149,7 @@ def measure(store: Store, mix: Mix, passes: int, compute: Mapping[int, Compute])
     nbytes = {s: store.sublayers[s].nbytes for s in mix.tiers}
     read = sum(nbytes[s] for s, tier in mix.tiers.items() if tier == "ssd")
     copied = sum(nbytes[s] for s, tier in mix.tiers.items() if tier != "gpu") if CUDA else 0
-    with load(store, mix.tiers, max(mix.tokens)) as model:
+    with load(store, mix.tiers, max(mix.tokens), mix.plan) as model:
         for tokens in mix.tokens:
             work = partial(run, model, tokens)
             work()
@@ -211,7 +212,7 @@ def whole(store: Store, layers: int, options: argparse.Namespace) -> dict[str, A
     with load(sample, dict.fromkeys(order(DISTINCT), "gpu" if CUDA else "dram"), 1) as model:
         seconds_a_pass(partial(run, model, 1), 3)
         kinds = compute_seconds(model)
-    mix = Mix(f"GPU {options.gpu}, DRAM {options.dram}", plan.tiers, (1,))
+    mix = Mix(f"GPU {options.gpu}, DRAM {options.dram}", plan.tiers, (1,), plan)
     (row,) = measure(store, mix, 1, {1: Compute(layers * sum(kinds.values()), kinds)})
     nbytes = sum(map(sum, store.stored().values()))
     return row | {
@@ -234,12 +235,12 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def load(store: Store, tiers: Tiers, tokens: int) -> Iterator[StreamedLlama]:
-    """The store under these tiers, all budgets aside."""
+def load(store: Store, tiers: Tiers, tokens: int, plan: Plan | None = None) -> Iterator[StreamedLlama]:
+    """The store by ``plan``; else under these tiers, all budgets aside."""
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    plan: Plan = make_plan(
+    plan = plan or make_plan(
         store.config, store.dtype, copies=CUDA, work=work_of(tokens), tiers=tiers, stored=store.stored()
     )
     runner = Runner(store, plan, device=choose_device(None))
