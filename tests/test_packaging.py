@@ -44,7 +44,7 @@ LAYERS = [
     ("planning", "machine", "report", "timeline", "samples", "roofs", "inputs"),
     ("probe",),
     ("session", "bench"),
-    ("demo", "doctor", "evaluate"),
+    ("demo", "doctor", "evaluate", "calibrate"),
     ("cli",),
     ("__main__",),
 ]

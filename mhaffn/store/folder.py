@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from mhaffn.config import SUPPORTED, ModelConfig
 from mhaffn.errors import ConfigError, CorruptFileError, StoreError, UnsupportedModelError
 from mhaffn.files import read_json_object, shown
-from mhaffn.formats import Format
+from mhaffn.formats import PLAIN, Format
 from mhaffn.store import manifest
-from mhaffn.store.format import RESIDENT_NAMES, TORCH_DTYPES, Store, checkpoint_tensors, tensor_shapes
-from mhaffn.store.layout import Layout, Linear
+from mhaffn.store.format import RESIDENT_NAMES, TORCH_DTYPES, Record, Store, checkpoint_tensors, tensor_shapes
+from mhaffn.store.layout import Layout, Linear, require_finite
 from mhaffn.store.safetensors import TensorInfo, read_tensor
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _FETCH_AGAIN = "Fetch the model again."
 
 
 class FolderSource:
-    """A Hugging Face folder with safetensors files; its weights may mix float dtypes."""
+    """A Hugging Face folder with safetensors files, its weights in any mix of float dtypes, or a packed store."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,6 +36,8 @@ class FolderSource:
         self.config = self._store.config
         self._tensors = {t.name: t for s in self._store.sublayers.values() for t in s.tensors}
         self._tensors |= {t.name: t for t in self._store.resident.values()}
+        records = (record for s in self._store.sublayers.values() for record in s.records)
+        self._narrow = {record.values.name: record for record in records if record.format != PLAIN}
 
     @property
     def dtype(self) -> str:
@@ -50,13 +52,28 @@ class FolderSource:
         return [[Path(path).name, found.st_size, found.st_mtime_ns] for path, found in status.items()]
 
     def tensor(self, name: str) -> torch.Tensor:
-        return read_tensor(self._tensors[name])
+        if name not in self._narrow:
+            return read_tensor(self._tensors[name])
+        from mhaffn.quantized import dequantize
+
+        return dequantize(self._kept(self._narrow[name]))
 
     def format(self, name: str) -> Format | None:
-        return None
+        return self._narrow[name].format if name in self._narrow else None
 
     def weight(self, name: str) -> torch.Tensor | Quantized:
-        return self.tensor(name)
+        return self._kept(self._narrow[name]) if name in self._narrow else self.tensor(name)
+
+    @staticmethod
+    def _kept(record: Record) -> Quantized:
+        from mhaffn.quantized import Quantized
+
+        parts = {part: read_tensor(info) for part, info in record.parts.items()}
+        for part, info in record.parts.items():
+            if part != "values":
+                require_finite(parts[part], f"{info.path}: {info.name}")
+        group = record.format.group or record.columns
+        return Quantized(record.format.name, parts["values"], parts["scales"], parts.get("zeros"), group)
 
     def remarks(self) -> list[str]:
         return []
@@ -83,6 +100,7 @@ class QuantizedFolderSource(FolderSource):
         tied = bool(values.get("tie_word_embeddings")) and RESIDENT_NAMES["head"] not in self._tensors
         config = ModelConfig.from_dict(values, where=str(path / "config.json"))
         self.config = replace(config, tie_word_embeddings=tied)
+        self._narrow = {}
         self._linears: dict[str, Linear] = {}
         suffixes = _by_module(self._tensors)
         for name, shape in tensor_shapes(self.config).items():

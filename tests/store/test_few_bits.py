@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import mhaffn
 from mhaffn.config import Sublayer, order
 from mhaffn.errors import ConfigError, CorruptFileError, MhaffnError, StoreError, TruncatedFileError
-from mhaffn.formats import PLAIN, Format, Formats
+from mhaffn.formats import ALL_PLAIN, PLAIN, Format, Formats
 from mhaffn.quantize import quantize
 from mhaffn.quantized import Quantized, dequantize
 from mhaffn.store import Store, pack
@@ -255,3 +255,14 @@ def test_parts_at_random_are_read_or_refused(seed: int, packed: Path, tmp_path: 
     assert {p: info.shape for p, info in records.parts.items()} == {p: part.shape for p, part in expected.items()}
     with mhaffn.load(folder, device="cpu") as model:
         model(torch.arange(3, 9).unsqueeze(0))
+
+
+def test_a_packed_store_is_a_source_too(packed: Path, tmp_path: Path) -> None:
+    same = pack(packed, tmp_path / "same")
+    files = sorted(path.name for path in packed.glob("layer-*"))
+    assert all((packed / name).read_bytes() == (tmp_path / "same" / name).read_bytes() for name in files)
+    plain = pack(packed, tmp_path / "plain", dtype="float32", formats=ALL_PLAIN)
+    values, wide = weights_of(same), weights_of(plain)
+    for name, weight in values.items():
+        expected = dequantize(weight) if isinstance(weight, Quantized) else weight.float()
+        assert torch.equal(wide[name], expected)  # type: ignore[arg-type]
