@@ -40,8 +40,8 @@ def importance_of(
 ) -> dict[str, Tensor]:
     """For each matrix of the model at ``source`` (a folder or a GGUF file), what ``text`` makes of its columns.
 
-    Mean squares, float32 ``[D]``, by the matrix's name, over the first :data:`TOKENS` tokens of the file ``text``; ``progress`` gets layers
-    done and in all. The same file on the same ``device`` gives the same bits.
+    Mean squares, float32 ``[D]``, by the matrix's name, over the first :data:`TOKENS` tokens of the file ``text``;
+    ``progress`` gets layers done and in all. The same file on the same ``device`` gives the same bits.
 
     Raises :class:`ConfigError` for a text that cannot be read or is too short, and what reading the source raises.
     """

@@ -30,8 +30,8 @@ FEW_LAYERS = 8
 """Up to here one sublayer more or less matters, and so do counts and orders that are not the obvious ones."""
 SIMULATED_SUBLAYERS = 8000
 LIBRARY_BYTES = 512 << 20
-SCRATCH_BYTES = 128 << 20
-"""What products with weights in few bits hold besides."""
+SCRATCH_BYTES = 192 << 20
+"""What products with weights in few bits hold besides: dequantised rows, and partial sums of blocks."""
 CHUNK_TOKENS = 4096
 """Positions a sublayer works on at once: a longer prompt goes through its weights in several steps."""
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,3 +241,29 @@ def test_a_model_folder_is_measured_by_its_config_alone(folder: Path, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(values))
     raw = measure(folder, shape=str(tmp_path), seconds=1.0)
     assert raw["config"]["intermediate_size"] == 192 and raw["derived"]["decode.reached.split"]["value"] > 0
+
+
+def test_a_sample_of_passes_reads_all_that_they_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first passes after a pause live on what was prefetched in it, and say nothing of the SSD."""
+    write_random_model(tmp_path, "tiny", 2, vocabulary=256)
+    store = Store.open(tmp_path)
+    opened = Executed.open(store, split_plan(store.config, 32, False, 2), 32, torch.device("cpu"))
+    needed, lead, seconds = opened.pass_bytes, 2.5, []
+    assert needed == sum(records.nbytes for records in store.sublayers.values())
+    info = opened.runner.reader_info()
+    state = SimpleNamespace(read=0.0, lead=lead * needed)
+
+    def forward(*_: object) -> None:
+        used, state.lead = min(state.lead, needed * 0.8), max(0.0, state.lead - needed * 0.8)
+        state.read += needed - used
+        time.sleep((needed - used) / needed * 0.05)
+        seconds.append((needed - used) / needed)
+
+    monkeypatch.setattr(opened.runner, "forward", forward)
+    monkeypatch.setattr(opened.runner, "reader_info", lambda: replace(info, bytes_read=int(state.read)))
+    try:
+        sample = opened._layer_ms("decode", 1)
+    finally:
+        opened.close()
+    assert seconds[-1] == 1.0 and len(seconds) > 2
+    assert sample == pytest.approx(50 / 2, rel=0.3)

@@ -22,6 +22,8 @@ from mhaffn.trace import Phase
 
 PARTS: tuple[str, ...] = (*KINDS, "layer")
 Values = Mapping[str, float]
+UNSTEADY = 0.02
+"""What a pass may be faster than its bound by before it is worth a remark."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,12 @@ def predicted_ms(facts: Facts, values: Values, plan: Plan) -> dict[Phase, float]
         work = {s: Work(facts.sizes.weights(s), machine.compute_s[phase][s.kind]) for s in order(facts.streamed_layers)}
         found[phase] = predict(plan, work, machine.links).seconds * 1e3 / facts.streamed_layers
     return found
+
+
+def faster_than_the_link(derived: Mapping[str, Mapping[str, float]]) -> float:
+    """By how much executed passes were surely faster than their bound, 0 where they were not: a share of the bound."""
+    least = [derived.get(f"{phase}.reached.split", {}).get("low", 0.0) - 1 for phase in PHASES]
+    return max([0.0, *(over for over in least if over > UNSTEADY)])
 
 
 def outlook(facts: Facts, values: Values) -> tuple[dict[str, list[dict[str, Any]]], str]:

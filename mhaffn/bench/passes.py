@@ -22,12 +22,16 @@ from mhaffn.modules import FFN, MHA, Block, Context, Provider
 from mhaffn.plan import Plan, Sizes, Tier, Workload, make_plan
 from mhaffn.runner import Runner
 from mhaffn.store import Record, Store, SublayerRecords
+from mhaffn.store.safetensors import TensorInfo
 from mhaffn.trace import Phase
 
 HASH_BYTES = 16 << 20
 QUIET_S = {"small": 0.005, "large": 0.03}
 """No read has ended for so long: none is under way. By sublayers of up to 16 MiB, and larger ones."""
 SMALL_BYTES = 16 << 20
+STEADY = 0.97
+"""Of the bytes of its passes a sample must have read so much itself: else it lived on what was there before."""
+MOST_TRIES = 6
 
 
 def split_plan(config: ModelConfig, tokens: int, copies: bool, prefetch: int) -> Plan:
@@ -46,17 +50,17 @@ def whole_store(store: Store) -> Store:
         for kind in KINDS:
             own = store.sublayers[Sublayer(layer, kind)].records
             records += [replace(record, name=f"{kind}_{record.name}") for record in own]
+        whole = SublayerRecords(Sublayer(layer, "mha"), tuple(records), checksum)
         if checksum is None:
-            checksum = _checksum(records)  # a random model's layers hold the same values
-        layers[Sublayer(layer, "mha")] = SublayerRecords(Sublayer(layer, "mha"), tuple(records), checksum)
+            checksum = _checksum(whole.tensors)  # a random model's layers hold the same values
+        layers[whole.sublayer] = replace(whole, checksum=checksum)
     return replace(store, sublayers=layers)
 
 
-def _checksum(records: Sequence[Record]) -> str:
-    """XXH3-64 of the records' bytes, as a pack writes it."""
+def _checksum(tensors: Sequence[TensorInfo]) -> str:
+    """XXH3-64 of the tensors' bytes."""
     digest = xxhash.xxh3_64()
-    for record in records:
-        tensor = record.values
+    for tensor in tensors:
         with Path(tensor.path).open("rb") as file:
             for start in range(0, tensor.nbytes, HASH_BYTES):
                 file.seek(tensor.offset + start)
@@ -107,15 +111,24 @@ class Executed:
 
     def _layer_ms(self, phase: Phase, passes: int) -> float:
         x, context = self.inputs[phase]
-        self.runner.forward(x, context)  # uses up what was prefetched while other things were measured
+        self.runner.forward(x, context)
         self._settle()
-        started = time.perf_counter()
-        for _ in range(passes):
-            self.runner.forward(x, context)
-        self._settle()
-        taken = time.perf_counter() - started
+        for _ in range(MOST_TRIES):  # until what was prefetched while other things were measured is used up
+            read, started = self.runner.reader_info().bytes_read, time.perf_counter()
+            for _ in range(passes):
+                self.runner.forward(x, context)
+            self._settle()
+            taken = time.perf_counter() - started
+            read = self.runner.reader_info().bytes_read - read
+            if read >= STEADY * passes * self.pass_bytes:
+                break
         self._wait_for_prefetch()
         return taken * 1e3 / passes / self.runner.config.num_layers
+
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes that a pass reads."""
+        return sum(self.runner.store.sublayers[s].nbytes for s in self.runner.plan.streamed("ssd"))
 
     def _settle(self) -> None:
         if self.runner.device.type == "cuda":
@@ -131,7 +144,7 @@ class Executed:
         self._settle()
 
     def timelines(self) -> dict[Phase, dict[str, Any]]:
-        """What each link did in the last pass of each phase, milliseconds from the start of its compute."""
+        """What each link did in the last pass of each phase, milliseconds from the end of the pass before."""
         if self.runner.copies:
             self.runner.sweep()  # spans on a GPU are reported once the device is past them
         return {phase: found for phase in PHASES if (found := self._timeline(phase)) is not None}
@@ -144,7 +157,8 @@ class Executed:
         compute = [s for s in spans if s.number == passes[-1].number and s.lane in KINDS]
         if not compute:
             return None
-        start_s, end_s = min(s.start_s for s in compute), max(s.end_s for s in compute)
+        before = [s.end_s for s in spans if s.number == passes[-1].number - 1 and s.lane in KINDS]
+        start_s, end_s = max(before, default=compute[0].start_s), max(s.end_s for s in compute)
         inside = [s for s in spans if s.end_s > start_s and s.start_s < end_s]
         return {
             "window_ms": (end_s - start_s) * 1e3,

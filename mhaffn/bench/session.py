@@ -273,6 +273,9 @@ class _Bench:
         if info.direct != "on":
             self.leave_out("page_cache", "; ".join(info.reasons))
         kinds = {kind: {"parameters": derive.by_kind(self.config, kind), "bytes": facts.nbytes(kind)} for kind in KINDS}
+        derived = derive.derived_figures(facts, measured)
+        if over := derive.faster_than_the_link(derived):
+            self.leave_out("faster_than_link", f"{over:.0%}")
         settings = {
             "shape": self.settings.shape, "quick": self.settings.quick, "seconds": self.settings.measuring_s,
             "tokens": self.tokens, "streamed_layers": facts.streamed_layers, "rounds": plan.rounds,
@@ -295,7 +298,7 @@ class _Bench:
             "left_out": self.left_out,
             "measured": {name: [list(samples) for samples in rounds] for name, rounds in measured.items()},
             "waited": self.waited,
-            "derived": derive.derived_figures(facts, measured),
+            "derived": derived,
             "predicted_ms": derive.predicted_ms(facts, medians, self.needs.split),
             "outlook": found,
             "timelines": timelines,

@@ -173,6 +173,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "32 GiB more DRAM": ("32 GiB more DRAM", "增加 32 GiB 内存"),
     "FFN in int8": ("FFN in int8", "FFN 用 int8"),
     "FFN in int4": ("FFN in int4", "FFN 用 int4"),
+    "all in int8": ("all in int8", "全部用 int8"),
     "all in int4": ("all in int4", "全部用 int4"),
     "SSD": ("SSD", "SSD"),
     "copy": ("copy", "拷贝"),
@@ -254,6 +255,11 @@ WORDS: dict[str, tuple[str, str]] = {
     "outlook_budget": (
         "The whole model within the budgets cannot be planned: {why}",
         "无法在预算内规划整个模型：{why}",
+    ),
+    "faster_than_link": (
+        "The executed passes were faster than their slowest link measured by itself, by {why} at least. Take the bound "
+        "and what is predicted from it as uncertain by as much.",
+        "执行的遍比单独测量的最慢链路还快，至少快 {why}。下界及由它得出的预测的不确定度至少与此相当。",
     ),
     "compute_without_graph": (
         "Compute was timed call by call, not as a CUDA graph, so that launches may show ({why}).",
