@@ -26,6 +26,8 @@ OPERATIONS = (
     "decode B=8 S=8192",
     "rms_norm T=2048",
     "rope T=2048",
+    *(f"linear int4 g128 up M={m}" for m in (1, 16, 64, 512)),
+    "linear int8 row up M=1",
     "linear up int4-g128 M=1",
     "linear up int4-g128 M=16",
     "linear up int8-row M=1",
@@ -75,6 +77,8 @@ def rows() -> list[dict[str, object]]:
 
     for path in sorted(RESULTS.glob("stream-*.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
+        formats = sorted(set(values.get("formats", [])[1::2]))
+        width = [", " + " / ".join(formats)] if formats else []
         for row in values["rows"]:
             if row["bound_link"] == "ssd":  # a loop disk on tmpfs: its own speed moves more than what is to be shown
                 continue
@@ -82,7 +86,7 @@ def rows() -> list[dict[str, object]]:
             found.append(
                 {
                     "machine": machine_name(values["machine"]),
-                    "what": [f"{row['layers']} ", "layers of 70B width", ", ", row["mix"], ", ", *phase],
+                    "what": [f"{row['layers']} ", "layers of 70B width", *width, ", ", row["mix"], ", ", *phase],
                     "seconds": row["seconds"],
                     "rate": row["gib_per_s"],
                     "bound": row["bounds"][row["bound_link"]],
