@@ -254,7 +254,11 @@ def pack(
             source, target, dtype=dtype, formats=formats, importance=importance, mha_dir=mha_dir, ffn_dir=ffn_dir,
             stripe=stripe or (), progress=show, remark=lambda text: bar.console.print(_escape(text), soft_wrap=True),
         )  # fmt: skip
-    lines = [f"packed {len(store.sublayers)} sublayers in {store.dtype} into {target}"]
+    nbytes = sum(records.nbytes for records in store.sublayers.values())
+    lines = [f"packed {len(store.sublayers)} sublayers, {format_bytes(nbytes)} in {store.dtype}, into {target}"]
+    for kind, found in store.formats().items():
+        if set(found) != {"plain"}:
+            lines.append(f"  {kind.upper()}: {', '.join(f'{format} in {n} matrices' for format, n in found.items())}")
     places = store.places()
     if len(places) > 1:
         lines += [f"  {format_bytes(nbytes)} in {folder}" for folder, nbytes in places.items()]

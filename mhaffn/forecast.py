@@ -73,7 +73,10 @@ def changes(config: ModelConfig, machine: Machine, formats: Formats | None = Non
     """
     faster = replace(machine, links=replace(machine.links, ssd=2 * machine.links.ssd))
     roomier = replace(machine, dram=(machine.dram or 0) + (32 << 30))
-    asked = [] if formats is None else [forecast(" ".join(formats.options()), config, machine, formats)]
+    asked = []
+    if formats is not None:
+        name = ", ".join(f"{kind.upper()} {format}" for kind, format in formats.kinds.items())
+        asked = [forecast(name, config, machine, formats)]
     return [
         forecast("as it is", config, machine),
         forecast("SSD twice as fast", config, faster),

@@ -183,7 +183,7 @@ def test_ctrl_c_ends_with_the_summary(model: Path) -> None:
 
 def test_pack_writes_a_store_and_refuses_a_full_folder(tiny_model: Model, tmp_path: Path, here: Here) -> None:
     code, _, err = here("pack", tiny_model(), tmp_path / "store", "--dtype", "bfloat16")
-    assert code == 0 and "packed 6 sublayers in bfloat16" in err
+    assert code == 0 and "packed 6 sublayers, " in err and " in bfloat16, into " in err
     code, _, err = here("pack", tiny_model(), tmp_path / "store")
     assert code == 2 and "is not empty: it holds a finished store. Check it with `mhaffn verify" in err
 
@@ -198,7 +198,7 @@ def test_pack_takes_folders_for_a_stripe(spelling: str, tiny_model: Model, tmp_p
     }[spelling]
     code, _, err = here("pack", *words)
     assert code == 0, err
-    assert re.search(rf"packed 6 sublayers .* in {a} .* in {b} folders on one device", err)
+    assert re.search(rf"packed 6 sublayers, .* in {a} .* in {b} folders on one device", err)
     assert len([*a.iterdir(), *b.iterdir()]) == 6
 
 
@@ -295,3 +295,32 @@ def test_plan_of_measured_figures(here: Here) -> None:
     assert code == 0
     for piece in ("391.88", "294.97", "1.33×", "193.24", "213.52", "1.01×", "104", "91", "F 28672"):
         assert piece in out
+
+
+def test_pack_in_few_bits_says_what_it_wrote(tiny_model: Model, tmp_path: Path, here: Here) -> None:
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    source = tiny_model(**widths)
+    code, _, err = here(
+        "pack", source, tmp_path / "store", "--ffn", "int4:64", "--mha", "int8", "--layers", "0:ffn=plain"
+    )  # fmt: skip
+    assert code == 0, err
+    assert "MHA: int8 in 12 matrices" in err and "FFN: int4:64 in 6 matrices, plain in 3 matrices" in err
+    for words, message in [
+        (("--ffn", "int4"), "expected a group that divides its 64 columns. Take int4:64."),
+        (("--ffn", "int3"), "got format 'int3', expected plain, int8, int4, fp8"),
+        (("--layers", "7=plain"), "expected layers from 0 to 2"),
+        (("--calibrate", tmp_path / "none"), "Invalid value for '--calibrate'"),
+    ]:
+        code, _, err = here("pack", source, tmp_path / "other", *words)
+        assert code == 2 and message in err, err
+    assert not (tmp_path / "other").exists()
+
+
+def test_plan_compares_formats(tiny_model: Model, here: Here) -> None:
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    code, out, err = here("plan", tiny_model(**widths), "--ffn", "int4:32", "--mha", "int8", "--dram", "0")
+    assert code == 0, err
+    for name in ("FFN in int8", "FFN in int4", "all in int8", "all in int4", "MHA int8, FFN int4:32"):
+        assert name in out
+    code, _, err = here("plan", tiny_model(**widths), "--ffn", "int4")
+    assert code == 2 and "Take int4:64" in err

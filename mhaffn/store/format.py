@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from mhaffn.config import SUPPORTED, Kind, ModelConfig, Sublayer, order
+from mhaffn.config import KINDS, SUPPORTED, Kind, ModelConfig, Sublayer, order
 from mhaffn.errors import CorruptFileError, MhaffnError, StoreError, TruncatedFileError, UnsupportedModelError
 from mhaffn.files import read_json_object, shown
 from mhaffn.formats import GROUPS, PLAIN, SCALE_DTYPES, Format
@@ -117,6 +117,13 @@ class Store:
         for error in damaged.values():
             raise error
         return store
+
+    def formats(self) -> dict[Kind, dict[str, int]]:
+        """How many matrices of each kind of sublayer are in each format, the most common first."""
+        found: dict[Kind, Counter[str]] = {kind: Counter() for kind in KINDS}
+        for sublayer, records in self.sublayers.items():
+            found[sublayer.kind].update(str(r.format) for r in records.records if len(r.values.shape) > 1)
+        return {kind: dict(counts.most_common()) for kind, counts in found.items()}
 
     def stored(self) -> dict[Sublayer, tuple[int, ...]]:
         """Bytes of each tensor of each sublayer."""
