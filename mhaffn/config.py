@@ -60,6 +60,11 @@ def order(num_layers: int) -> Iterator[Sublayer]:
             yield Sublayer(layer, kind)
 
 
+FEW_BITS = {"quant_method": "mhaffn"}
+"""``quantization_config`` of a packed store with weights in few bits: so other tools refuse it, and do not take scaled
+whole numbers for weights."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder's dimensions, as its config.json gives them.
@@ -168,7 +173,7 @@ class _Fields:
         for name in ("attention_bias", "mlp_bias"):
             if self.flag(name):
                 raise self.error(name, True, "false", UnsupportedModelError)
-        if self.values.get("quantization_config") not in (None, {}):
+        if self.values.get("quantization_config") not in (None, {}, FEW_BITS):
             packing = (
                 f"none: `mhaffn pack {Path(self.where).parent} DST` first, which keeps AWQ, GPTQ, compressed-tensors"
             )

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mhaffn.budget import Budget, free_dram, free_gpu, resolve_budget
-from mhaffn.config import ModelConfig, Sublayer
+from mhaffn.config import FEW_BITS, ModelConfig, Sublayer
 from mhaffn.device import choose_device, memory_errors
 from mhaffn.errors import ConfigError
 from mhaffn.modules import Context
@@ -259,6 +259,8 @@ def _transformers_configs(folder: Path) -> tuple[PreTrainedConfig, GenerationCon
     path = folder / "config.json"
     try:
         config = AutoConfig.from_pretrained(folder)
+        if getattr(config, "quantization_config", None) == FEW_BITS:  # which transformers would want to know
+            del config.quantization_config
         path = folder / "generation_config.json"
         generation_config = GenerationConfig.from_pretrained(folder) if path.exists() else None
     except Exception as error:  # transformers and its validators raise many kinds

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhaffn.config import SUPPORTED, ModelConfig
+from mhaffn.config import FEW_BITS, SUPPORTED, ModelConfig
 from mhaffn.errors import ConfigError, CorruptFileError, StoreError, UnsupportedModelError
 from mhaffn.files import read_json_object, shown
 from mhaffn.formats import PLAIN, Format
@@ -80,6 +80,8 @@ class FolderSource:
 
     def config_values(self) -> dict[str, Any]:
         values = read_json_object(self.path / "config.json", ConfigError, "Fetch the model again.")
+        if values.get("quantization_config") == FEW_BITS:
+            del values["quantization_config"]
         return values | {"tie_word_embeddings": self.config.tie_word_embeddings}
 
     def side_files(self) -> Iterator[tuple[str, bytes]]:
@@ -152,11 +154,12 @@ class QuantizedFolderSource(FolderSource):
 
 
 def quantization(path: Path) -> object:
-    """The quantization_config in the folder's config.json; None where there is none."""
+    """The quantization_config in the folder's config.json; None where there is none, or it is a packed store's."""
     try:
-        return read_json_object(path / "config.json", ConfigError, _FETCH_AGAIN).get("quantization_config")
+        found = read_json_object(path / "config.json", ConfigError, _FETCH_AGAIN).get("quantization_config")
     except FileNotFoundError:
         return None
+    return None if found == FEW_BITS else found
 
 
 def _layout(path: Path, config: object) -> Layout:

@@ -23,6 +23,8 @@ from mhaffn.store.manifest import RESIDENT_KEY, Manifest, refuse_unfinished
 from mhaffn.store.safetensors import TensorInfo, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
+FEW_BITS_INDEX_NAME = "mhaffn.index.json"
+"""The index of a store with weights in few bits: no other tool looks for it, and takes whole numbers for weights."""
 SINGLE_NAME = "model.safetensors"
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 PART_DTYPES = TORCH_DTYPES | {"I8": "int8", "U8": "uint8", "F8_E4M3": "float8_e4m3fn"}
@@ -219,6 +221,8 @@ class _Checkpoint:
     def read(folder: Path, manifest: Manifest | None) -> _Checkpoint:
         """Every header in ``folder``; with an index, tensors only from the shard it names for them."""
         index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+        if manifest is not None and not os.path.lexists(index):
+            index = folder / FEW_BITS_INDEX_NAME
         if os.path.lexists(index):
             return _Checkpoint(folder, manifest, *_indexed(folder, index))
         if os.path.lexists(single):

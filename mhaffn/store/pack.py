@@ -5,7 +5,7 @@
     DST/config.json, tokenizer files, generation_config.json
         layer-000-mha.safetensors, layer-000-ffn.safetensors, …    (data at a multiple of 4 KiB)
         resident.safetensors                                       embedding, final norm, head
-        model.safetensors.index.json                               what other tools open
+        model.safetensors.index.json                               what other tools open; in few bits mhaffn.index.json
         mhaffn.json                                                version and checksums, written last
 
 Sublayers may lie in folders on other devices; then DST holds links to them.
@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from mhaffn.config import DTYPES
+from mhaffn.config import DTYPES, FEW_BITS
 from mhaffn.errors import ConfigError, CorruptFileError, MhaffnError, StoreError
 from mhaffn.files import shown
 from mhaffn.formats import Formats
 from mhaffn.store import manifest
 from mhaffn.store.claim import claim, links_to, refuse_occupied, release, sync_folder
-from mhaffn.store.format import INDEX_NAME, Store
+from mhaffn.store.format import FEW_BITS_INDEX_NAME, INDEX_NAME, Store
 from mhaffn.store.maker import CODES, Maker
 from mhaffn.store.places import ALIGN, PackedFile, Placement
 from mhaffn.store.safetensors import read_header, write_header
@@ -126,10 +126,14 @@ def _write(maker: Maker, target: Path, files: list[PackedFile], progress: Callab
         raise StoreError(f"{source.path} changed while it was packed. Remove {target} and pack again.")
     config = {key: value for key, value in source.config_values().items() if key != "torch_dtype"}
     config["dtype"] = maker.dtype
+    few_bits = any(len(parts) > 1 for file in files for parts in file.weights.values())
+    if few_bits:
+        config["quantization_config"] = FEW_BITS
     _replace(target / "config.json", _json({key: config[key] for key in sorted(config)}))
     weight_map = {tensor: file.name for file in files for tensor in file.tensors}
     total_size = sum(file.nbytes for file in files)
-    _replace(target / INDEX_NAME, _json({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
+    index = target / (FEW_BITS_INDEX_NAME if few_bits else INDEX_NAME)
+    _replace(index, _json({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
     record = manifest.Manifest(dtype=maker.dtype, source=source.path.name, checksums=checksums)
     _replace(target / manifest.NAME, record.to_json().encode())
     sync_folder(target)

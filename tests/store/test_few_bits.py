@@ -18,7 +18,7 @@ from mhaffn.formats import ALL_PLAIN, PLAIN, Format, Formats
 from mhaffn.quantize import quantize
 from mhaffn.quantized import Quantized, dequantize
 from mhaffn.store import Store, pack
-from mhaffn.store.format import tensor_name
+from mhaffn.store.format import FEW_BITS_INDEX_NAME, tensor_name
 from mhaffn.verify import verify
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -78,7 +78,7 @@ def test_each_weight_is_the_source_s_in_the_format_asked_for(source: Path, packe
 
 
 def test_it_is_valid_safetensors_with_an_index_and_its_checksums_hold(packed: Path) -> None:
-    index = json.loads((packed / "model.safetensors.index.json").read_text())
+    index = json.loads((packed / FEW_BITS_INDEX_NAME).read_text())
     for name, file in index["weight_map"].items():
         assert name in load_file(packed / file)
     assert index["metadata"]["total_size"] == sum(
@@ -165,11 +165,11 @@ def damaged(packed: Path, folder: Path, changes: dict[str, torch.Tensor | None])
     file = folder / "layer-001-ffn.safetensors"
     tensors = {name: t for name, t in (load_file(file) | changes).items() if t is not None}
     save_file(tensors, file, {"format": "pt"})
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = json.loads((folder / FEW_BITS_INDEX_NAME).read_text())
     index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f != file.name} | dict.fromkeys(
         tensors, file.name
     )
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / FEW_BITS_INDEX_NAME).write_text(json.dumps(index))
     digest = xxhash.xxh3_64()
     for info in read_header(file).tensors:
         digest.update(file.read_bytes()[info.offset : info.offset + info.nbytes])
@@ -266,3 +266,18 @@ def test_a_packed_store_is_a_source_too(packed: Path, tmp_path: Path) -> None:
     for name, weight in values.items():
         expected = dequantize(weight) if isinstance(weight, Quantized) else weight.float()
         assert torch.equal(wide[name], expected)  # type: ignore[arg-type]
+
+
+def test_transformers_refuses_what_it_would_misread(source: Path, tmp_path: Path) -> None:
+    """int8 values have the very shape of the weights: without a word it would take them for weights."""
+    from transformers import AutoModelForCausalLM
+
+    pack(source, tmp_path / "int8", formats=Formats.parse("int8", "int8"))
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    with mhaffn.load(tmp_path / "int8", device="cpu") as model:
+        ids = torch.arange(3, 9).unsqueeze(0)
+        assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False).shape[1] == 9
+    plain = pack(tmp_path / "int8", tmp_path / "plain", formats=ALL_PLAIN)
+    assert "quantization_config" not in json.loads((plain.path / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(plain.path)
