@@ -41,7 +41,7 @@ TEXT_PACKAGE, TEXT_MEMBER = "wordcloud==1.9.6", "examples/alice.txt"
 TEXT_SHA256 = "f00b287e63f5ae3442dc5b9c4bf18650adaf3b7f5034f7be5460089b934a0752"
 TEXT_BEGIN, TEXT_CHARACTERS = "CHAPTER I.", 16000
 CONTEXT = 1024
-FORMATS = ("int8", "int8:64", "fp8", "int4:128", "int4:64", "int4:64:zeros", "int4:32")
+FORMATS = ("int8", "int8:64", "int8:32", "fp8", "int4:128", "int4:64", "int4:64:zeros", "int4:32")
 PARTS = {"FFN": ("ffn",), "MHA": ("mha",), "both": KINDS}
 WAYS = ("nearest", "searched")
 MATRIX_FORMATS = ("int8", "int8:128", "fp8", "int4:128", "int4:64", "int4:32", "int4:128:zeros", "int4:64:zeros")

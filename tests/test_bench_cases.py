@@ -70,6 +70,7 @@ def test_a_slowed_implementation_shows(timer: Any) -> None:
     assert found["slowed"][0]["median_ms"] > 3 > 2 * found["plain"][0]["median_ms"]
 
 
+@pytest.mark.slow
 def test_a_run_under_pytest_benchmark_records_where_how_and_how_near(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "out.json"

@@ -94,16 +94,18 @@ def few_bits(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return packed.__getitem__
 
 
+@pytest.mark.parametrize("placements", [PLACEMENTS[::10], pytest.param(PLACEMENTS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FEW_BITS)
 @pytest.mark.parametrize("with_copies", [False, True])
 def test_placements_of_weights_in_few_bits(
-    with_copies: bool, name: str, few_bits: Callable[[str], Path], request: pytest.FixtureRequest
-) -> None:
+    with_copies: bool, name: str, placements: list[tuple[Tier, ...]], few_bits: Callable[[str], Path],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
     folder = few_bits(name)
     expected = resident_tokens(folder)
     if with_copies:
         request.getfixturevalue("copying")
-    for tiers in PLACEMENTS if name == "a mix" and with_copies else PLACEMENTS[::10]:
+    for tiers in placements:
         with load_placed(folder, tiers, device="cpu") as model:
             assert greedy(model) == expected, tiers
 
