@@ -108,7 +108,15 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1.0, help="Draw from the likeliest tokens of this share [the model's]."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Draw from so many of the likeliest tokens [the model's].")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    system: Annotated[str | None, typer.Option(help="A system prompt, before the prompt.")] = None,
     gpu: GpuOption = "auto",
     dram: DramOption = "auto",
     context: Annotated[
@@ -135,7 +143,7 @@ def run(
 
         mhaffn run HuggingFaceTB/SmolLM2-135M-Instruct -p "Once upon a time" --raw --dram 0
     """
-    from mhaffn.session import Options, generate
+    from mhaffn.session import Options, Sampling, generate
     from mhaffn.timeline import check_available
 
     if timeline is not None:
@@ -153,9 +161,9 @@ def run(
         text,
         options,
         raw=raw,
+        system=system,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+        sampling=Sampling(temperature, top_p, top_k, seed),
         trace=trace,
         timeline=timeline,
         table=report,

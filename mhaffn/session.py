@@ -49,15 +49,36 @@ class Options:
     verify: bool = True
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen: the likeliest at a ``temperature`` of 0; None leaves what the model comes with."""
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """What transformers' ``generate`` takes. Raises :class:`ConfigError` for limits on what is not drawn."""
+        limits = {"top_p": self.top_p, "top_k": self.top_k}
+        given = {name: value for name, value in limits.items() if value is not None}
+        if self.temperature > 0:
+            return {"num_beams": 1, "do_sample": True, "temperature": self.temperature, **given}
+        if given:
+            names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(f"got {names} at a temperature of 0, which takes the likeliest token: give --temperature")
+        return GREEDY
+
+
 def generate(
     model: str,
     prompt: str,
     options: Options,
     *,
     raw: bool,
+    system: str | None,
     max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    sampling: Sampling,
     trace: Path | None,
     timeline: Path | None,
     table: bool,
@@ -67,10 +88,11 @@ def generate(
 
     ``table`` asks for bytes, time and speed of each link beside the summary.
     """
+    sampling.options()  # what is wrong with them, before anything is read
     folder = resolve(model)
     config = Store.open(folder).config
     tokenizer = open_tokenizer(folder)
-    ids = encode(tokenizer, prompt, raw=raw, console=console)
+    ids = encode(tokenizer, prompt, raw=raw, system=system, console=console)
     limit = min(options.context or config.max_position_embeddings, config.max_position_embeddings)
     if ids.shape[1] >= limit:
         raise ConfigError(f"got a prompt of {ids.shape[1]} tokens, expected fewer than {limit}, the context")
@@ -80,7 +102,7 @@ def generate(
     with loading(console) as progress, load(folder, **loaded_options, progress=progress) as loaded:
         console.print(loaded.runner.plan.describe(), highlight=False)
         new: list[int] = []
-        finished = stream_text(loaded, tokenizer, ids, new_tokens, temperature=temperature, seed=seed, collect=new)
+        finished = stream_text(loaded, tokenizer, ids, new_tokens, sampling=sampling, collect=new)
         runner = loaded.runner
         predicted = predictions(runner, Workload(tokens=ids.shape[1], context=context))
         reports = [make_report(runner.trace, phase, predicted=predicted.get(phase)) for phase in PHASES]
@@ -152,15 +174,28 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool, console: Console) -> torch.Tensor:
-    """Token ids ``[1, T]``; through the chat template unless ``raw`` or there is none."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool, system: str | None = None, console: Console
+) -> torch.Tensor:
+    """Token ids ``[1, T]``; through the chat template, after the ``system`` prompt, unless ``raw`` or there is none.
+
+    Raises :class:`ConfigError` for an empty prompt, and where a system prompt has no place.
+    """
+    if system is not None and (raw or tokenizer.chat_template is None):
+        why = "--raw continues the text as it is" if raw else "this model has no chat template"
+        raise ConfigError(f"got a system prompt, but {why}: put it into the prompt itself")
     if not raw and tokenizer.chat_template is None:
         console.print("this model has no chat template: the prompt is continued as it is (--raw)", style="yellow")
     if raw or tokenizer.chat_template is None:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     else:
         messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        try:
+            encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        except Exception as error:  # a template may refuse roles, by any exception of jinja's
+            raise ConfigError(f"the model's chat template refuses the prompt: {error!s:.200}") from error
         ids = encoded if isinstance(encoded, torch.Tensor) else encoded["input_ids"]
     assert isinstance(ids, torch.Tensor)  # asked for by return_tensors
     if ids.shape[1] == 0:
@@ -193,18 +228,14 @@ def stream_text(
     ids: torch.Tensor,
     max_new_tokens: int,
     *,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling = Sampling(),
     collect: list[int] | None = None,
 ) -> bool:
     """Generates to standard output, with a live line on a terminal; False if Ctrl-C ended it.
 
     ``collect``, if given, gets the new token ids.
     """
-    sampling = GREEDY
-    if temperature > 0:
-        torch.manual_seed(seed)
-        sampling = {"num_beams": 1, "do_sample": True, "temperature": temperature}
+    torch.manual_seed(sampling.seed)
     ids = ids.to(model.device)
     with _TerminalText(tokenizer, model.runner) as streamer, torch.inference_mode():
         try:
@@ -213,7 +244,7 @@ def stream_text(
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
-                **sampling,
+                **sampling.options(),
             )
         except KeyboardInterrupt:
             streamer.end()

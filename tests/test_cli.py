@@ -324,3 +324,28 @@ def test_plan_compares_formats(tiny_model: Model, here: Here) -> None:
         assert name in out
     code, _, err = here("plan", tiny_model(**widths), "--ffn", "int4")
     assert code == 2 and "Take int4:64" in err
+
+
+def test_tokens_are_drawn_as_asked(model: Path, here: Here) -> None:
+    def run(*words: object) -> tuple[int, str, str]:
+        return here("run", model, "-p", "w5 w9", "--max-new-tokens", "6", *words)
+
+    code, greedy, err = run()
+    assert code == 0, err
+    hot = ("--temperature", "5")
+    assert run(*hot, "--top-k", "1")[1] == greedy
+    assert run(*hot, "--top-p", "0.01")[1] == greedy
+    drawn = [run(*hot, "--seed", str(seed))[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    code, _, err = run("--top-p", "0.9", "--top-k", "3")
+    assert code == 2 and "got --top-p and --top-k at a temperature of 0" in err
+
+
+def test_a_system_prompt_goes_into_the_chat_template(model: Path, here: Here) -> None:
+    def run(*words: object) -> tuple[int, str, str]:
+        return here("run", model, "--max-new-tokens", "4", *words)
+
+    told = run("-p", "w9", "--system", "w5")  # this template takes the first message alone
+    assert told[0] == 0 and told[1] == run("-p", "w5")[1]
+    code, _, err = run("-p", "w9", "--system", "w5", "--raw")
+    assert code == 2 and "got a system prompt, but --raw continues the text as it is" in err
