@@ -91,9 +91,15 @@ class Maker:
         return self._asked.get(key) or self.source.format(name) or PLAIN
 
     def _device(self) -> str:
+        """Where scales are searched: on a GPU if it has room for that beside what it holds."""
         import torch
 
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        from mhaffn.quantize import WORKING_BYTES
+
+        if self.device is not None:
+            return self.device
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+        return "cuda" if free >= 2 * WORKING_BYTES["cuda"] else "cpu"
 
     def _plain(self, name: str) -> torch.Tensor:
         import torch
