@@ -221,7 +221,7 @@ def pack(
         typer.Option(metavar="DIR…", help="Spread sublayers over two folders or more, each on a disk of its own."),
     ] = None,
 ) -> None:
-    """Write a packed store: aligned, one file a sublayer, with checksums. Still a folder transformers opens.
+    """Write a packed store: aligned, one file a sublayer, with checksums. Unless in few bits, transformers opens it too.
 
     Killed at any point, the same command goes on where it stopped.
 
@@ -233,8 +233,9 @@ def pack(
 
         mhaffn pack SRC DST --ffn-dir /mnt/fast/llama
 
-    Fewer bytes are a faster pass. Formats are int8, int4, fp8 and plain; int4:64 gives 64 columns a scale instead of
-    128, int4:64:zeros a zero point too. Weights that already are in few bits stay so unless a format is given:
+    Fewer bytes are a faster pass. int4:64 gives 64 columns a scale, not 128; int4:64:zeros a zero point too.
+
+    Weights that are in few bits already stay so unless a format is given:
 
         mhaffn pack SRC DST --ffn int4 --mha int8 --layers 0-1=plain
     """
@@ -263,7 +264,7 @@ def pack(
             stripe=stripe or (), progress=show, remark=lambda text: bar.console.print(_escape(text), soft_wrap=True),
         )  # fmt: skip
     nbytes = sum(records.nbytes for records in store.sublayers.values())
-    lines = [f"packed {len(store.sublayers)} sublayers, {format_bytes(nbytes)} in {store.dtype}, into {target}"]
+    lines = [f"packed {len(store.sublayers)} sublayers, {format_bytes(nbytes)} ({store.dtype}), into {target}"]
     for kind, found in store.formats().items():
         if set(found) != {"plain"}:
             lines.append(f"  {kind.upper()}: {', '.join(f'{format} in {n} matrices' for format, n in found.items())}")

@@ -183,7 +183,7 @@ def test_ctrl_c_ends_with_the_summary(model: Path) -> None:
 
 def test_pack_writes_a_store_and_refuses_a_full_folder(tiny_model: Model, tmp_path: Path, here: Here) -> None:
     code, _, err = here("pack", tiny_model(), tmp_path / "store", "--dtype", "bfloat16")
-    assert code == 0 and "packed 6 sublayers, " in err and " in bfloat16, into " in err
+    assert code == 0 and "packed 6 sublayers, " in err and " (bfloat16), into " in err
     code, _, err = here("pack", tiny_model(), tmp_path / "store")
     assert code == 2 and "is not empty: it holds a finished store. Check it with `mhaffn verify" in err
 

@@ -98,6 +98,8 @@ def refuse_unfinished(folder: Path) -> None:
 def _pack_command(folder: Path, values: Mapping[str, object]) -> str | None:
     """The command that finishes the pack which wrote ``values``; None where they are not all strings to show."""
     source, target, dtype = values.get("source"), values.get("store", os.fspath(folder)), values.get("dtype")
+    if "importance" in values:  # of a text that is not known any more
+        return None
     formats = values.get("formats", [])
     words: list[object] = ["mhaffn", "pack", source, target, "--dtype", dtype]
     words += formats if isinstance(formats, list) else [None]

@@ -141,6 +141,21 @@ def test_the_importance_of_columns_changes_what_is_written(source: Path, tmp_pat
     assert not torch.equal(dequantize(got), dequantize(quantize(original, Format.parse("int4:64"))))
 
 
+def test_what_a_calibrated_pack_is_told_to_go_on(source: Path, tmp_path: Path) -> None:
+    """The command cannot name the text, so it names none."""
+
+    def stop(progress: Any) -> None:
+        if progress.file == "layer-001-mha.safetensors":
+            raise KeyboardInterrupt
+
+    formats, importance = Formats.parse(ffn="int4:64"), {W1: torch.ones(64)}
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, tmp_path / "store", formats=formats, importance=importance, progress=stop)
+    with pytest.raises(StoreError, match="Run the same `mhaffn pack` again"):
+        Store.open(tmp_path / "store")
+    pack(source, tmp_path / "store", formats=formats, importance=importance)
+
+
 def test_formats_that_do_not_fit_and_values_that_cannot_be_kept(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="divides its 64 columns"):
         pack(source, tmp_path / "a", formats=Formats.parse(ffn="int4:128"))
