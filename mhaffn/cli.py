@@ -221,7 +221,7 @@ def pack(
         typer.Option(metavar="DIR…", help="Spread sublayers over two folders or more, each on a disk of its own."),
     ] = None,
 ) -> None:
-    """Write a packed store: aligned, one file a sublayer, with checksums. Unless in few bits, transformers opens it too.
+    """Write a packed store: aligned, one file a sublayer, with checksums. Without few bits transformers opens it too.
 
     Killed at any point, the same command goes on where it stopped.
 
