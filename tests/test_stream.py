@@ -67,10 +67,11 @@ def test_every_placement_gives_the_resident_tokens(engine: Any, tiny_model: Mode
 
 
 @pytest.mark.usefixtures("copying")
-def test_every_placement_with_copies(tiny_model: Model) -> None:
+@pytest.mark.parametrize("placements", [PLACEMENTS[::4], pytest.param(PLACEMENTS, marks=pytest.mark.slow)])
+def test_every_placement_with_copies(placements: list[tuple[Tier, ...]], tiny_model: Model) -> None:
     folder = tiny_model(num_hidden_layers=2)
     expected = resident_tokens(folder)
-    for tiers in PLACEMENTS:
+    for tiers in placements:
         with load_placed(folder, tiers) as model:
             assert greedy(model) == expected, tiers
 

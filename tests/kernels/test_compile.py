@@ -83,9 +83,7 @@ def _cuda_cases():
 
 CUDA_SOURCES = sorted(nvrtc.SOURCES.glob("*.cu"))
 CUDA_CASES = [
-    pytest.param(
-        *case, marks=[] if case[1] in ("sm_90", "sm_90a", "sm_120") and "-DHALF=0" in case[2] else [pytest.mark.slow]
-    )
+    pytest.param(*case, marks=[] if case[1] in ("sm_90", "sm_90a") and "-DHALF=0" in case[2] else [pytest.mark.slow])
     for case in _cuda_cases()
 ]
 

@@ -191,6 +191,7 @@ def test_packing_a_gguf_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_killed_pack_of_a_gguf_goes_on(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf")
     pack(tmp_path / "model.gguf", tmp_path / "whole")
