@@ -19,7 +19,6 @@ GROUPS = (32, 64, 128, 256)
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}
 """Bytes of the dtypes that parts of weights have, by torch's names."""
 VALUES_DTYPES = {"int8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"}
-SCALE_DTYPES = ("float16", "bfloat16", "float32")
 EXAMPLES = "plain, int8, int4, fp8, or with a group int4:64, and with zero points int4:64:zeros"
 
 

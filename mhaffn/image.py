@@ -12,8 +12,7 @@ from mhaffn.formats import PLAIN
 from mhaffn.plan import DEVICE_ALIGN
 from mhaffn.reader import Extent
 from mhaffn.store import Record, SublayerRecords
-from mhaffn.store.format import PART_DTYPES
-from mhaffn.store.safetensors import TensorInfo
+from mhaffn.store.safetensors import DTYPES, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +107,7 @@ def view(memory: torch.Tensor, offset: int, tensor: TensorInfo) -> torch.Tensor:
     """
     import torch
 
-    dtype: torch.dtype = getattr(torch, PART_DTYPES[tensor.dtype])
+    dtype: torch.dtype = getattr(torch, DTYPES[tensor.dtype])
     raw = memory[offset : offset + tensor.nbytes]
     if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()

@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .formats import GROUPS
+from .formats import GROUPS, VALUES_DTYPES
 from .kernels import library, select
 from .quantized import SCALE_DTYPES, Quantized
 
@@ -38,7 +38,7 @@ __all__ = ["add_rms_norm", "attention", "ffn", "linear", "rms_norm", "rope", "ro
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cpu", "cuda")
 HEAD_DIM_MAX = 256
-VALUE_DTYPES = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+VALUES = {name: getattr(torch, dtype) for name, dtype in VALUES_DTYPES.items()}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -306,9 +306,9 @@ def _check_ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
 def _check_quantized(op: str, name: str, weight: Quantized, x: Tensor, width: int) -> None:
     """The parts of a weight agree with its format, with one another and with a product of ``width`` columns."""
     values, scales, zeros, group = weight.values, weight.scales, weight.zeros, weight.group
-    if weight.format not in VALUE_DTYPES:
+    if weight.format not in VALUES:
         _expect(False, op, f"{name} format", weight.format, "int4, int8 or fp8")
-    expected = VALUE_DTYPES[weight.format]
+    expected = VALUES[weight.format]
     if values.dtype != expected or values.dim() != 2:
         got = f"{values.dtype} {tuple(values.shape)}"
         _expect(False, op, f"{name} values", got, f"{expected}, two dimensions")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, format_bytes, order
 from mhaffn.errors import BudgetError, ConfigError
-from mhaffn.formats import PLAIN, Formats
+from mhaffn.formats import ITEM_BYTES, PLAIN, Formats
 from mhaffn.placement import TIERS, Mix, Pair, Tier, fillings, least_window, windows
 from mhaffn.ring import ByteRing
 from mhaffn.simulate import Links, Work, predict
@@ -34,7 +34,6 @@ SCRATCH_BYTES = 192 << 20
 """What products with weights in few bits hold besides: dequantised rows, and partial sums of blocks."""
 CHUNK_TOKENS = 4096
 """Positions a sublayer works on at once: a longer prompt goes through its weights in several steps."""
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def _huge_pages(nbytes: int) -> int:
@@ -121,7 +120,7 @@ class Sizes:
 
     def kv_cache(self, work: Workload) -> int:
         c = self.config
-        per_position = 2 * c.num_kv_heads * c.head_dim * ITEMSIZE[self.dtype]
+        per_position = 2 * c.num_kv_heads * c.head_dim * ITEM_BYTES[self.dtype]
         return work.batch * work.context * c.num_layers * per_position
 
     def activations(self, work: Workload) -> int:
@@ -130,7 +129,7 @@ class Sizes:
         step = 3 * c.hidden_size + 3 * c.intermediate_size + 4 * c.num_heads * c.head_dim
         elements = work.tokens * 4 * c.hidden_size + min(work.tokens, CHUNK_TOKENS) * step
         narrow = any(len(self.tensors(s)) > len(c.sublayer_shapes(s.kind)) for s in order(c.num_layers))
-        return work.batch * (elements * ITEMSIZE[self.dtype] + c.vocab_size * 4 * 4) + narrow * SCRATCH_BYTES
+        return work.batch * (elements * ITEM_BYTES[self.dtype] + c.vocab_size * 4 * 4) + narrow * SCRATCH_BYTES
 
     def fixed(self, work: Workload) -> int:
         """What every plan holds besides sublayers: embedding, norm, head, KV cache, activations."""
@@ -145,7 +144,7 @@ class Sizes:
         return tuple(part.nbytes for shape in shapes for part in format.parts(shape, self.dtype).values())
 
     def _nbytes(self, shape: Iterable[int]) -> int:
-        nbytes = ITEMSIZE[self.dtype]
+        nbytes = ITEM_BYTES[self.dtype]
         for n in shape:
             nbytes *= n
         return nbytes

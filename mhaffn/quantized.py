@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-INT4_ZERO = 8
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INT4_ZERO = 8
 
 
 @dataclass(frozen=True, eq=False)

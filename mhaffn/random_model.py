@@ -15,8 +15,7 @@ import xxhash
 from mhaffn.config import ModelConfig, order
 from mhaffn.formats import PLAIN, Format, Formats, Part
 from mhaffn.store.format import SUFFIXES
-from mhaffn.store.maker import CODES
-from mhaffn.store.safetensors import write_header
+from mhaffn.store.safetensors import CODES, write_header
 from mhaffn.store.source import tensors_by_file
 
 POOL_ELEMENTS = 1 << 24

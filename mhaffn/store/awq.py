@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from mhaffn.formats import Format
 from mhaffn.quantized import Quantized, dequantize
-from mhaffn.store.layout import FLOATS, Linear, by_group, group_kept, nibbles, pairs, setting
+from mhaffn.store.layout import Linear, by_group, group_kept, nibbles, pairs, setting
+from mhaffn.store.safetensors import FLOATS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,8 @@ from mhaffn.errors import UnsupportedModelError
 from mhaffn.files import shown
 from mhaffn.formats import Format
 from mhaffn.quantized import Quantized, dequantize
-from mhaffn.store.layout import FLOATS, Linear, by_group, group_kept, nibbles, setting
+from mhaffn.store.layout import Linear, by_group, group_kept, nibbles, setting
+from mhaffn.store.safetensors import FLOATS
 
 if TYPE_CHECKING:
     from torch import Tensor

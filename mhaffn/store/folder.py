@@ -13,9 +13,9 @@ from mhaffn.errors import ConfigError, CorruptFileError, StoreError, Unsupported
 from mhaffn.files import read_json_object, shown
 from mhaffn.formats import PLAIN, Format
 from mhaffn.store import manifest
-from mhaffn.store.format import RESIDENT_NAMES, TORCH_DTYPES, Record, Store, checkpoint_tensors, tensor_shapes
+from mhaffn.store.format import RESIDENT_NAMES, Record, Store, checkpoint_tensors, tensor_shapes
 from mhaffn.store.layout import Layout, Linear, require_finite
-from mhaffn.store.safetensors import TensorInfo, read_tensor
+from mhaffn.store.safetensors import FLOATS, TensorInfo, read_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -120,10 +120,9 @@ class QuantizedFolderSource(FolderSource):
         found = self._tensors.get(name)
         if found is None:
             raise CorruptFileError(f"{self.path}: got no tensor {name}, expected one of {list(shape)}. {_FETCH_AGAIN}")
-        if found.dtype not in TORCH_DTYPES:
+        if found.dtype not in FLOATS:
             raise UnsupportedModelError(
-                f"{found.path}: got {name} in {found.dtype}, expected {', '.join(TORCH_DTYPES)}. "
-                f"Supported: {SUPPORTED}."
+                f"{found.path}: got {name} in {found.dtype}, expected {', '.join(FLOATS)}. Supported: {SUPPORTED}."
             )
         if found.shape != shape:
             raise CorruptFileError(
@@ -133,7 +132,7 @@ class QuantizedFolderSource(FolderSource):
 
     @property
     def dtype(self) -> str:
-        return TORCH_DTYPES[self._tensors[RESIDENT_NAMES["embedding"]].dtype]
+        return FLOATS[self._tensors[RESIDENT_NAMES["embedding"]].dtype]
 
     def tensor(self, name: str) -> torch.Tensor:
         linear = self._linears.get(name)
@@ -195,4 +194,4 @@ def _by_module(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorI
 def _is_float(modules: Mapping[str, Mapping[str, TensorInfo]], module: str) -> bool:
     """Whether the module's weight lies there as floats: a layer that was not quantised."""
     found = modules.get(module, {}).get("weight")
-    return found is not None and found.dtype in TORCH_DTYPES
+    return found is not None and found.dtype in FLOATS

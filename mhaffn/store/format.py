@@ -18,18 +18,15 @@ from pathlib import Path, PurePosixPath
 from mhaffn.config import KINDS, SUPPORTED, Kind, ModelConfig, Sublayer, order
 from mhaffn.errors import CorruptFileError, MhaffnError, StoreError, TruncatedFileError, UnsupportedModelError
 from mhaffn.files import read_json_object, shown
-from mhaffn.formats import GROUPS, PLAIN, SCALE_DTYPES, Format
+from mhaffn.formats import GROUPS, PLAIN, VALUES_DTYPES, Format
 from mhaffn.store.manifest import RESIDENT_KEY, Manifest, refuse_unfinished
-from mhaffn.store.safetensors import TensorInfo, read_header
+from mhaffn.store.safetensors import CODES, DTYPES, FLOATS, TensorInfo, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 FEW_BITS_INDEX_NAME = "mhaffn.index.json"
 """The index of a store with weights in few bits: no other tool looks for it, and takes whole numbers for weights."""
 SINGLE_NAME = "model.safetensors"
-TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-PART_DTYPES = TORCH_DTYPES | {"I8": "int8", "U8": "uint8", "F8_E4M3": "float8_e4m3fn"}
-"""torch's names of the dtypes that weights and their parts may have."""
-NAMES_OF_VALUES = {"I8": "int8", "U8": "int4", "F8_E4M3": "fp8"}
+NAMES_OF_VALUES = {CODES[dtype]: name for name, dtype in VALUES_DTYPES.items()}
 """Formats in few bits, by the dtype of their values."""
 SUFFIXES = {"values": "", "scales": ".scales", "zeros": ".zeros"}
 """What a part's tensor is called, after the weight's own name."""
@@ -274,15 +271,14 @@ class _Checkpoint:
                 f"{scales.path}: got scales of shape {shown(list(scales.shape))} for {name}, {format} {list(shape)}, "
                 f"expected {expected[format]}. {_PACK_AGAIN}"
             )
-        if PART_DTYPES.get(scales.dtype) not in SCALE_DTYPES:
+        if scales.dtype not in FLOATS:
             raise CorruptFileError(
-                f"{scales.path}: got scales of {name} in {scales.dtype}, expected {', '.join(SCALE_DTYPES)}. "
-                f"{_PACK_AGAIN}"
+                f"{scales.path}: got scales of {name} in {scales.dtype}, expected {', '.join(FLOATS)}. {_PACK_AGAIN}"
             )
         zeros = self.names(name + SUFFIXES["zeros"])
         if zeros and format != "int4":
             raise CorruptFileError(f"{values.path}: got zero points for {name}, {format}, expected none. {_PACK_AGAIN}")
-        return Format(format, None if whole else group, zeros, PART_DTYPES[scales.dtype])
+        return Format(format, None if whole else group, zeros, FLOATS[scales.dtype])
 
     def _named(self, name: str, shape: tuple[object, ...]) -> TensorInfo:
         error = self._whole or self._broken.get(name)
@@ -305,9 +301,9 @@ class _Checkpoint:
                 f"config.json says. {_DOWNLOAD_AGAIN}"
             )
         expected = self.manifest and (dtype or self.manifest.dtype)
-        if expected is not None and PART_DTYPES.get(tensor.dtype) != expected:
+        if expected is not None and DTYPES.get(tensor.dtype) != expected:
             raise CorruptFileError(
-                f"{tensor.path}: got {name} in {PART_DTYPES.get(tensor.dtype, tensor.dtype)}, expected {expected}. "
+                f"{tensor.path}: got {name} in {DTYPES.get(tensor.dtype, tensor.dtype)}, expected {expected}. "
                 f"{_PACK_AGAIN}"
             )
         return tensor
@@ -374,7 +370,7 @@ def _dtype(folder: Path, tensors: list[TensorInfo], any_dtype: bool) -> str:
     for tensor in tensors:
         nbytes[tensor.dtype] += tensor.nbytes
     found = [dtype for dtype, _ in nbytes.most_common()]
-    unknown = [dtype for dtype in found if dtype not in TORCH_DTYPES]
+    unknown = [dtype for dtype in found if dtype not in FLOATS]
     if unknown or (len(found) > 1 and not any_dtype):
         hint = (
             f" Supported: {SUPPORTED}."
@@ -384,4 +380,4 @@ def _dtype(folder: Path, tensors: list[TensorInfo], any_dtype: bool) -> str:
         raise UnsupportedModelError(
             f"{folder}: got weights of dtype {', '.join(found)}, expected all BF16, all F16 or all F32.{hint}"
         )
-    return TORCH_DTYPES[found[0]]
+    return FLOATS[found[0]]

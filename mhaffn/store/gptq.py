@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from mhaffn.formats import Format
 from mhaffn.quantized import INT4_ZERO, Quantized
-from mhaffn.store.layout import FLOATS, Linear, by_group, group_kept, nibbles, setting
+from mhaffn.store.layout import Linear, by_group, group_kept, nibbles, setting
+from mhaffn.store.safetensors import FLOATS
 
 if TYPE_CHECKING:
     from torch import Tensor

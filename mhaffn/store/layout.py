@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from mhaffn.formats import Format
     from mhaffn.quantized import Quantized
 
-FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-"""Dtypes that scales may have: safetensors' names and torch's."""
 _FETCH_AGAIN = "Fetch the model again."
 
 

@@ -12,7 +12,6 @@ import xxhash
 from mhaffn.config import order
 from mhaffn.errors import ConfigError, CorruptFileError, StoreError
 from mhaffn.formats import PLAIN, Format, Formats, Part
-from mhaffn.store.format import PART_DTYPES
 from mhaffn.store.source import Source, tensors_by_file
 
 if TYPE_CHECKING:
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
     from mhaffn.quantized import Quantized
 
-CODES = {name: code for code, name in PART_DTYPES.items()}
-"""safetensors' names of dtypes, by torch's."""
 _WIDER = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
 
 

@@ -32,9 +32,9 @@ from mhaffn.formats import Formats
 from mhaffn.store import manifest
 from mhaffn.store.claim import claim, links_to, refuse_occupied, release, sync_folder
 from mhaffn.store.format import FEW_BITS_INDEX_NAME, INDEX_NAME, Store
-from mhaffn.store.maker import CODES, Maker
+from mhaffn.store.maker import Maker
 from mhaffn.store.places import ALIGN, PackedFile, Placement
-from mhaffn.store.safetensors import read_header, write_header
+from mhaffn.store.safetensors import CODES, read_header, write_header
 from mhaffn.store.source import open_source
 
 if TYPE_CHECKING:

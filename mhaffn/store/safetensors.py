@@ -31,6 +31,12 @@ DTYPE_BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+"""torch's names of the dtypes that plain weights, and scales, may have."""
+DTYPES = FLOATS | {"I8": "int8", "U8": "uint8", "F8_E4M3": "float8_e4m3fn"}
+"""The same with those of values in few bits."""
+CODES = {name: code for code, name in DTYPES.items()}
+
 
 @dataclass(frozen=True)
 class TensorInfo:
