@@ -8,16 +8,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from mhaffn.errors import ChecksumError, CorruptFileError
-from mhaffn.formats import PLAIN
 from mhaffn.plan import DEVICE_ALIGN
 from mhaffn.reader import Extent
-from mhaffn.store import Record, SublayerRecords
+from mhaffn.store import SublayerRecords
 from mhaffn.store.safetensors import DTYPES, TensorInfo
 
 if TYPE_CHECKING:
     import torch
-
-    from mhaffn.quantized import Quantized
 
 Weights = SimpleNamespace
 """A sublayer's weights by Meta's names, of layout ``[out, in]``, plain or in few bits, and ``norm`` ``[D]``."""
@@ -83,17 +80,10 @@ class Image:
             tensor.name: view(memory, offset, tensor)
             for tensor, offset in zip(self.records.tensors, offsets, strict=True)
         }
-        return Weights(**{record.name: _weight(record, found) for record in self.records.records})
-
-
-def _weight(record: Record, found: dict[str, torch.Tensor]) -> torch.Tensor | Quantized:
-    from mhaffn.quantized import Quantized
-
-    parts = {part: found[tensor.name] for part, tensor in record.parts.items()}
-    if record.format == PLAIN:
-        return parts["values"]
-    group = record.format.group or record.columns
-    return Quantized(record.format.name, parts["values"], parts["scales"], parts.get("zeros"), group)
+        return Weights(**{
+            record.name: record.weight({part: found[tensor.name] for part, tensor in record.parts.items()})
+            for record in self.records.records
+        })  # fmt: skip
 
 
 def extent_of(tensor: TensorInfo) -> Extent:

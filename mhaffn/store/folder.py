@@ -37,7 +37,7 @@ class FolderSource:
         self._tensors = {t.name: t for s in self._store.sublayers.values() for t in s.tensors}
         self._tensors |= {t.name: t for t in self._store.resident.values()}
         records = (record for s in self._store.sublayers.values() for record in s.records)
-        self._narrow = {record.values.name: record for record in records if record.format != PLAIN}
+        self._narrow: dict[str, Record] = {record.values.name: record for record in records if record.format != PLAIN}
 
     @property
     def dtype(self) -> str:
@@ -52,28 +52,23 @@ class FolderSource:
         return [[Path(path).name, found.st_size, found.st_mtime_ns] for path, found in status.items()]
 
     def tensor(self, name: str) -> torch.Tensor:
-        if name not in self._narrow:
-            return read_tensor(self._tensors[name])
-        from mhaffn.quantized import dequantize
+        from mhaffn.quantized import Quantized, dequantize
 
-        return dequantize(self._kept(self._narrow[name]))
+        kept = FolderSource.weight(self, name)
+        return dequantize(kept) if isinstance(kept, Quantized) else kept
 
     def format(self, name: str) -> Format | None:
         return self._narrow[name].format if name in self._narrow else None
 
     def weight(self, name: str) -> torch.Tensor | Quantized:
-        return self._kept(self._narrow[name]) if name in self._narrow else self.tensor(name)
-
-    @staticmethod
-    def _kept(record: Record) -> Quantized:
-        from mhaffn.quantized import Quantized
-
+        record = self._narrow.get(name)
+        if record is None:
+            return read_tensor(self._tensors[name])
         parts = {part: read_tensor(info) for part, info in record.parts.items()}
         for part, info in record.parts.items():
             if part != "values":
                 require_finite(parts[part], f"{info.path}: {info.name}")
-        group = record.format.group or record.columns
-        return Quantized(record.format.name, parts["values"], parts["scales"], parts.get("zeros"), group)
+        return record.weight(parts)
 
     def remarks(self) -> list[str]:
         return []

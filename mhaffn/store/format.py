@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from mhaffn.config import KINDS, SUPPORTED, Kind, ModelConfig, Sublayer, order
 from mhaffn.errors import CorruptFileError, MhaffnError, StoreError, TruncatedFileError, UnsupportedModelError
@@ -21,6 +22,11 @@ from mhaffn.files import read_json_object, shown
 from mhaffn.formats import GROUPS, PLAIN, VALUES_DTYPES, Format
 from mhaffn.store.manifest import RESIDENT_KEY, Manifest, refuse_unfinished
 from mhaffn.store.safetensors import CODES, DTYPES, FLOATS, TensorInfo, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+    from mhaffn.quantized import Quantized
 
 INDEX_NAME = "model.safetensors.index.json"
 FEW_BITS_INDEX_NAME = "mhaffn.index.json"
@@ -63,10 +69,15 @@ class Record:
     def values(self) -> TensorInfo:
         return self.parts["values"]
 
-    @property
-    def columns(self) -> int:
-        """Of the matrix, or the length of the vector."""
-        return self.values.shape[-1] * (2 if self.format.name == "int4" else 1)
+    def weight(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | Quantized:
+        """The weight that tensors, by part, make."""
+        if self.format == PLAIN:
+            return parts["values"]
+        from mhaffn.quantized import Quantized
+
+        columns = self.values.shape[1] * (2 if self.format.name == "int4" else 1)
+        group = self.format.group or columns
+        return Quantized(self.format.name, parts["values"], parts["scales"], parts.get("zeros"), group)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def weights_of(store: Store) -> dict[str, torch.Tensor | Quantized]:
             if record.format == PLAIN:
                 found[name] = parts["values"]
             else:
-                group = record.format.group or record.columns
+                group = record.format.group or store.config.sublayer_shapes(sublayer.kind)[record.name][1]
                 found[name] = Quantized(
                     record.format.name, parts["values"], parts["scales"], parts.get("zeros"), group
                 )  # fmt: skip
