@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
 # Where tests run in the background, a shell has them ignore SIGINT, and their children would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A change is judged by the same examples each time; new ones are looked for on developers' machines.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if "CI" in os.environ:
+    hypothesis.settings.load_profile("ci")
 
 Model = Callable[..., Path]
 
