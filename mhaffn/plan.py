@@ -256,11 +256,16 @@ class _Memory:
     def mixes(self, depth: int) -> set[Mix]:
         """Counts by kind that fill the budgets beside rings for ``depth``; whether they really fit, plans say."""
         layers = len(self.images) // 2
-        found = set()
+        none, every = (0, 0), (layers, layers)
+        found = {Mix(layers, none, none)}  # with those of everything in one place: a mean may hide that they fit
+        if self.dram is not None:
+            found.add(Mix(layers, none, every))
+        if self.gpu is not None:
+            found.add(Mix(layers, every, none))
         for sizes, spare in self.by_kind():
-            on_gpu = {(0, 0)}
+            on_gpu = {none}
             if self.copies:
-                on_gpu = self._fillings((layers, layers), sizes, self.gpu, self.fixed + spare, depth, 1)
+                on_gpu = self._fillings(every, sizes, self.gpu, self.fixed + spare, depth, 1)
             for gpu in on_gpu:
                 left, fixed = (layers - gpu[0], layers - gpu[1]), spare + (0 if self.copies else self.fixed)
                 fillings = self._fillings(left, sizes, self.dram, fixed, depth, HUGE_PAGE)

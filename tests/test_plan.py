@@ -387,6 +387,20 @@ def test_layers_of_different_formats_fill_the_budgets(
     assert plan.dram_tier_bytes == sum(sizes.image(s) for s, tier in plan.tiers.items() if tier == "dram")
 
 
+def test_what_needs_the_named_minimum_gets_a_plan_with_it() -> None:
+    """Where layers differ, counting with their mean must not hide what fits."""
+    config = model(5, hidden=512, ffn=2048)
+    narrow = ["0:mha=fp8", "1:mha=int8", "1-2:ffn=int8:32", "3:ffn=int4:32:zeros", "4:mha=fp8"]
+    formats = Formats.parse(layers=narrow)
+    with pytest.raises(BudgetError) as small:
+        make_plan(config, "bfloat16", dram=1 << 20, copies=False, work=WORK, formats=formats)
+    _, least = named_minimum(small.value)
+    plan = make_plan(config, "bfloat16", dram=least, copies=False, work=WORK, formats=formats)
+    assert plan.dram_bytes == least
+    with pytest.raises(BudgetError):
+        make_plan(config, "bfloat16", dram=least - 1, copies=False, work=WORK, formats=formats)
+
+
 def test_a_few_plain_layers_leave_the_others_their_memory() -> None:
     """What differs in a few layers must not be taken for what all take."""
     config = model(40, hidden=2048, ffn=8192)
