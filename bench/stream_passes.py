@@ -246,7 +246,7 @@ def load(store: Store, tiers: Tiers, tokens: int, plan: Plan | None = None) -> I
     runner = Runner(store, plan, device=choose_device(None))
     config = AutoConfig.from_pretrained(store.path)
     config.num_hidden_layers = store.config.num_layers
-    with StreamedLlama(config, runner, context=max(tokens, 8), batch=1) as model:
+    with StreamedLlama(config, runner) as model:
         yield model
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -15,16 +14,15 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from mhaffn.budget import Budget, free_dram, free_gpu, resolve_budget
-from mhaffn.config import FEW_BITS, ModelConfig, Sublayer
-from mhaffn.device import choose_device, memory_errors
+from mhaffn.budget import Budget
+from mhaffn.config import FEW_BITS, Sublayer
+from mhaffn.device import memory_errors
 from mhaffn.errors import ConfigError
 from mhaffn.modules import Context
-from mhaffn.plan import CHUNK_TOKENS, Tier, Workload, make_plan
+from mhaffn.opening import open_runner
+from mhaffn.plan import CHUNK_TOKENS, Tier
 from mhaffn.runner import Direct, Engine, Runner
 from mhaffn.store import Store, resolve
-
-CONTEXT = 4096
 
 
 class StreamedLlama(PreTrainedModel, GenerationMixin):
@@ -38,10 +36,10 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    def __init__(self, config: PreTrainedConfig, runner: Runner, context: int, batch: int) -> None:
+    def __init__(self, config: PreTrainedConfig, runner: Runner) -> None:
         config._attn_implementation = "sdpa"
         super().__init__(config)
-        self.runner, self.context, self.batch = runner, context, batch
+        self.runner = runner
         self._rotary = LlamaRotaryEmbedding(config).to(runner.device)
         self._finalizer = weakref.finalize(self, runner.close)
 
@@ -53,6 +51,7 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
     def dtype(self) -> torch.dtype:
         return self.runner.dtype
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a captured graph would know places, not sublayers
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -98,7 +97,7 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
         if past_key_values is None and (use_cache is not False or long):
             past_key_values = DynamicCache(config=self.config)
         seen = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        self._check_room(batch, seen, new)
+        self.runner.check_room(batch, seen, new)
         mask, causal = self._mask(x, attention_mask, position_ids, past_key_values, seen + new)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + new, device=x.device).unsqueeze(0)
@@ -144,22 +143,6 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
                 raise ConfigError("got an attention_mask with biases, expected 0 or the least number of its dtype")
             mask = mask == 0
         return mask, False
-
-    def _check_room(self, batch: int, seen: int, new: int) -> None:
-        if new == 0:
-            raise ConfigError("got no tokens, expected at least one")
-        if seen + new > self.context:
-            raise ConfigError(
-                f"got a sequence of {seen + new} tokens, expected at most {self.context}, the context this model was "
-                f"loaded with. Load it with context={seen + new} or more; the model itself knows "
-                f"{self.config.max_position_embeddings} positions."
-            )
-        if batch * (seen + new) > self.batch * self.context:
-            raise ConfigError(
-                f"got {batch} sequences of {seen + new} tokens, expected at most {self.batch * self.context} tokens in "
-                f"all: batch={self.batch} times context={self.context}. Load the model with a larger batch, at most "
-                f"batch={batch}; each beam is a sequence."
-            )
 
     def _refuse(self, options: dict[str, Any]) -> None:
         for name in ("labels", "output_attentions", "output_hidden_states"):
@@ -220,35 +203,14 @@ def load(
     Raises :class:`ConfigError`, :class:`UnsupportedModelError`, :class:`BudgetError`, :class:`StoreError`
     or :class:`ReadError`.
     """
-    for name, value, choices in (("engine", engine, get_args(Engine)), ("direct", direct, get_args(Direct))):
-        if value not in choices:
-            raise ConfigError(f"got {name} = {value!r}, expected one of {', '.join(choices)}")
     folder = resolve(model)
     store = Store.open(folder)
-    context = _context_length(store.config, context)
-    if batch < 1:
-        raise ConfigError(f"got batch = {batch}, expected at least 1")
-    device = choose_device(device)
-    copies = device.type == "cuda"
-    work = Workload(tokens=min(tokens or context, context), context=context, batch=batch)
-    if not copies and gpu != "auto" and resolve_budget(gpu, lambda: 0):
-        raise ConfigError(f"got gpu = {gpu!r}, but the device is the CPU; give dram instead, or a CUDA device")
-    plan = make_plan(
-        store.config,
-        store.dtype,
-        gpu=resolve_budget(gpu, partial(free_gpu, device)) if copies else None,
-        dram=resolve_budget(dram, free_dram),
-        copies=copies,
-        work=work,
-        tiers=tiers,
-        stored=store.stored(),
-    )
     config, generation_config = _transformers_configs(folder)
-    with memory_errors():
-        runner = Runner(
-            store, plan, device=device, engine=engine, direct=direct, strict=strict, verify=verify, progress=progress
-        )
-    loaded = StreamedLlama(config, runner, context, batch)
+    runner = open_runner(
+        store, gpu=gpu, dram=dram, context=context, tokens=tokens, batch=batch, device=device, engine=engine,
+        direct=direct, strict=strict, verify=verify, tiers=tiers, progress=progress,
+    )  # fmt: skip
+    loaded = StreamedLlama(config, runner)
     if generation_config is not None:
         loaded.generation_config = generation_config
     return loaded
@@ -270,10 +232,3 @@ def _transformers_configs(folder: Path) -> tuple[PreTrainedConfig, GenerationCon
         if stop is not None and (isinstance(stop, bool) or not isinstance(stop, int)):
             raise ConfigError(f"{path}: got eos_token_id = {stops!r}, expected a whole number or a list of them")
     return config, generation_config
-
-
-def _context_length(config: ModelConfig, context: int | None) -> int:
-    limit = config.max_position_embeddings
-    if context is not None and not 0 < context <= limit:
-        raise ConfigError(f"got context = {context}, expected 1 to {limit}, the positions this model knows")
-    return context or min(CONTEXT, limit)

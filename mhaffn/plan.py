@@ -42,11 +42,15 @@ def _huge_pages(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run must have room for: ``batch`` sequences, each of ``tokens`` a pass and ``context`` in all at most."""
+    """What a run must have room for: ``batch`` sequences, each of ``tokens`` a pass and ``context`` in all at most.
+
+    A pass gives the logits of ``logits`` tokens of a sequence.
+    """
 
     tokens: int = 2048
     context: int = 4096
     batch: int = 1
+    logits: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Plan:
     embedding, head, KV cache, activations.
     """
 
+    work: Workload
     tiers: Mapping[Sublayer, Tier]
     prefetch: int
     staging_bytes: int
@@ -129,7 +134,9 @@ class Sizes:
         step = 3 * c.hidden_size + 3 * c.intermediate_size + 4 * c.num_heads * c.head_dim
         elements = work.tokens * 4 * c.hidden_size + min(work.tokens, CHUNK_TOKENS) * step
         narrow = any(len(self.tensors(s)) > len(c.sublayer_shapes(s.kind)) for s in order(c.num_layers))
-        return work.batch * (elements * ITEM_BYTES[self.dtype] + c.vocab_size * 4 * 4) + narrow * SCRATCH_BYTES
+        item = ITEM_BYTES[self.dtype]
+        logits = c.vocab_size * (4 * 4 + (work.logits - 1) * (item + 4))  # of the last token sampling makes copies
+        return work.batch * (elements * item + logits) + narrow * SCRATCH_BYTES
 
     def fixed(self, work: Workload) -> int:
         """What every plan holds besides sublayers: embedding, norm, head, KV cache, activations."""
@@ -190,6 +197,7 @@ def make_plan(
     work = work or Workload()
     sizes = Sizes(config, dtype, formats or Formats(), stored or {})
     memory = _Memory(
+        work=work,
         images={sublayer: sizes.image(sublayer) for sublayer in order(config.num_layers)},
         fixed=sizes.fixed(work) + (LIBRARY_BYTES if copies else 0),
         gpu=gpu if copies else None,
@@ -208,6 +216,7 @@ def make_plan(
 class _Memory:
     """The sublayers' sizes, and the budgets that plans of them must keep to."""
 
+    work: Workload
     images: Mapping[Sublayer, int]
     fixed: int
     gpu: int | None
@@ -228,6 +237,7 @@ class _Memory:
         on = {tier: [nbytes for s, nbytes in self.images.items() if tiers[s] == tier] for tier in TIERS}
         streamed = [nbytes for s, nbytes in self.images.items() if tiers[s] != "gpu"]
         return Plan(
+            work=self.work,
             tiers={s: tiers[s] for s in self.images},
             prefetch=depth,
             staging_bytes=_ring_bytes(on["ssd"], depth),

@@ -12,12 +12,12 @@ import torch
 from torch.nn.functional import embedding, linear
 
 from mhaffn import ops
-from mhaffn.config import Sublayer
+from mhaffn.config import KINDS, Sublayer
 from mhaffn.device import open_device
-from mhaffn.errors import StreamError
+from mhaffn.errors import ConfigError, StreamError
 from mhaffn.image import Image
 from mhaffn.memory import load_residents
-from mhaffn.modules import FFN, MHA, Block, Context
+from mhaffn.modules import FFN, MHA, Block, Context, Provider
 from mhaffn.plan import Plan
 from mhaffn.reader import ArenaInfo, PinnedArena, Reader, ReaderInfo
 from mhaffn.store import Store
@@ -71,24 +71,51 @@ class Runner:
         self.blocks = [self._block(layer) for layer in range(self.config.num_layers)]
 
     def _block(self, layer: int) -> Block:
-        mha, ffn = (partial(self._stream.weights, Sublayer(layer, kind)) for kind in ("mha", "ffn"))
+        mha, ffn = (self.provider(Sublayer(layer, kind)) for kind in KINDS)
         return Block(MHA(self.config, layer, mha), FFN(self.config, ffn))
+
+    def provider(self, sublayer: Sublayer) -> Provider:
+        """What gives the weights of ``sublayer``; every pass asks for those of all, in order."""
+        return partial(self._stream.weights, sublayer)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids ``[B, T]`` to hidden states ``[B, T, D]``."""
-        return embedding(ids, self._resident["embedding"])
+        return embedding(ids, self.resident["embedding"])
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """One pass over all sublayers: ``[B, T, D]`` to normalised hidden states ``[B, T, D]``.
 
         Raises what the stream raises, and :class:`StreamError` while another pass runs.
         """
-        phase: Phase = "prefill" if x.shape[1] > 1 else "decode"
-        with self._one_at_a_time():
-            with self.trace.one_pass(phase, x.shape[0] * x.shape[1]):
-                for block in self.blocks:
-                    x = block(x, context)
-            return ops.rms_norm(x, self._resident["norm"], self.config.norm_eps)
+        with self.one_pass(*x.shape[:2]):
+            for block in self.blocks:
+                x = block(x, context)
+        return ops.rms_norm(x, self.resident["norm"], self.config.norm_eps)
+
+    @contextmanager
+    def one_pass(self, batch: int, tokens: int) -> Iterator[None]:
+        """Marks one pass of ``batch`` sequences of ``tokens`` each; raises :class:`StreamError` while another runs."""
+        phase: Phase = "prefill" if tokens > 1 else "decode"
+        with self._one_at_a_time(), self.trace.one_pass(phase, batch * tokens):
+            yield
+
+    def check_room(self, batch: int, seen: int, new: int) -> None:
+        """Raises :class:`ConfigError` unless ``batch`` sequences, ``seen`` positions long, have room for ``new``."""
+        work, total = self.plan.work, seen + new
+        if new == 0:
+            raise ConfigError("got no tokens, expected at least one")
+        if total > work.context:
+            raise ConfigError(
+                f"got a sequence of {total} tokens, expected at most {work.context}, the context this model was "
+                f"loaded with. Load it with context={total} or more; the model itself knows "
+                f"{self.config.max_position_embeddings} positions."
+            )
+        if batch * total > work.batch * work.context:
+            raise ConfigError(
+                f"got {batch} sequences of {total} tokens, expected at most {work.batch * work.context} tokens in "
+                f"all: batch={work.batch} times context={work.context}. Load the model with a larger batch, at most "
+                f"batch={batch}; each beam is a sequence."
+            )
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
@@ -101,7 +128,7 @@ class Runner:
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[B, T, D]`` to logits ``[B, T, vocabulary]``."""
-        resident = self._resident
+        resident = self.resident
         return linear(x, resident["embedding" if self.config.tie_word_embeddings else "head"])
 
     def sweep(self) -> None:
@@ -113,7 +140,8 @@ class Runner:
             self._target.settle()
 
     @property
-    def _resident(self) -> dict[str, torch.Tensor]:
+    def resident(self) -> dict[str, torch.Tensor]:
+        """``embedding``, ``norm`` and, unless tied, ``head``; raises :class:`StreamError` once closed."""
         if not self._residents.tensors:
             raise StreamError("the model is closed; load it again")
         return self._residents.tensors

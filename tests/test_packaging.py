@@ -39,6 +39,7 @@ LAYERS = [
     ("replacement",),
     ("modules",),
     ("runner",),
+    ("opening",),
     ("hf",),
     ("measured",),
     ("planning", "machine", "report", "timeline", "samples", "roofs", "inputs"),

@@ -38,7 +38,7 @@ class CopyingHost(HostDevice):
 @pytest.fixture
 def copying(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mhaffn.runner.open_device", lambda device, trace: CopyingHost(trace))
-    monkeypatch.setattr("mhaffn.hf.make_plan", lambda *a, **options: make_plan(*a, **(options | {"copies": True})))
+    monkeypatch.setattr("mhaffn.opening.make_plan", lambda *a, **options: make_plan(*a, **(options | {"copies": True})))
 
 
 def greedy(model: mhaffn.StreamedLlama, tokens: int = 6) -> list[int]:

@@ -1,0 +1,74 @@
+"""A store opened for streaming: from what a user asks for to a plan and its runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import get_args
+
+import torch
+
+from mhaffn.budget import Budget, free_dram, free_gpu, resolve_budget
+from mhaffn.config import ModelConfig, Sublayer
+from mhaffn.device import choose_device, memory_errors
+from mhaffn.errors import ConfigError
+from mhaffn.plan import Tier, Workload, make_plan
+from mhaffn.runner import Direct, Engine, Runner
+from mhaffn.store import Store
+
+CONTEXT = 4096
+
+
+def open_runner(
+    store: Store,
+    *,
+    gpu: Budget = "auto",
+    dram: Budget = "auto",
+    context: int | None = None,
+    tokens: int | None = None,
+    batch: int = 1,
+    all_logits: bool = False,
+    device: str | torch.device | None = None,
+    engine: Engine = "auto",
+    direct: Direct = "auto",
+    strict: bool = False,
+    verify: bool = True,
+    tiers: dict[Sublayer, Tier] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Runner:
+    """Plans and opens ``store``; options and errors as of :func:`mhaffn.load`.
+
+    ``all_logits`` says that a pass gives the logits of each token, and not only of the last.
+    """
+    for name, value, choices in (("engine", engine, get_args(Engine)), ("direct", direct, get_args(Direct))):
+        if value not in choices:
+            raise ConfigError(f"got {name} = {value!r}, expected one of {', '.join(choices)}")
+    context = _context_length(store.config, context)
+    if batch < 1:
+        raise ConfigError(f"got batch = {batch}, expected at least 1")
+    device = choose_device(device)
+    copies = device.type == "cuda"
+    if not copies and gpu != "auto" and resolve_budget(gpu, lambda: 0):
+        raise ConfigError(f"got gpu = {gpu!r}, but the device is the CPU; give dram instead, or a CUDA device")
+    tokens = min(tokens or context, context)
+    plan = make_plan(
+        store.config,
+        store.dtype,
+        gpu=resolve_budget(gpu, partial(free_gpu, device)) if copies else None,
+        dram=resolve_budget(dram, free_dram),
+        copies=copies,
+        work=Workload(tokens, context, batch, logits=tokens if all_logits else 1),
+        tiers=tiers,
+        stored=store.stored(),
+    )
+    with memory_errors():
+        return Runner(
+            store, plan, device=device, engine=engine, direct=direct, strict=strict, verify=verify, progress=progress
+        )
+
+
+def _context_length(config: ModelConfig, context: int | None) -> int:
+    limit = config.max_position_embeddings
+    if context is not None and not 0 < context <= limit:
+        raise ConfigError(f"got context = {context}, expected 1 to {limit}, the positions this model knows")
+    return context or min(CONTEXT, limit)
