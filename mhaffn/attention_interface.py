@@ -128,6 +128,19 @@ def attend(
     return ops.attention(q, k[:, :length], v[:, :length], causal=causal, mask=seen, scale=scale)
 
 
+def as_bool(mask: Tensor) -> Tensor:
+    """A 4-D mask in bool, True where a query may look.
+
+    Raises :class:`ConfigError` for one that adds anything but 0 or the least number of its dtype to the scores.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    least = torch.finfo(mask.dtype).min / 2
+    if not ((mask == 0) | (mask <= least)).all():
+        raise ConfigError("got an attention_mask with biases, expected 0 or the least number of its dtype")
+    return mask == 0
+
+
 def _eager(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, causal: bool
 ) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from mhaffn.attention_interface import as_bool
 from mhaffn.budget import Budget
 from mhaffn.config import FEW_BITS, Sublayer
 from mhaffn.device import memory_errors
@@ -135,14 +136,7 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
             config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache,
             position_ids=position_ids,
         )  # fmt: skip
-        if mask is None:
-            return None, True
-        if mask.dtype != torch.bool:  # additive: 0 where a query may look, the least number where not
-            least = torch.finfo(mask.dtype).min / 2
-            if not ((mask == 0) | (mask <= least)).all():
-                raise ConfigError("got an attention_mask with biases, expected 0 or the least number of its dtype")
-            mask = mask == 0
-        return mask, False
+        return (None, True) if mask is None else (as_bool(mask), False)
 
     def _refuse(self, options: dict[str, Any]) -> None:
         for name in ("labels", "output_attentions", "output_hidden_states"):
@@ -178,6 +172,7 @@ def load(
     context: int | None = None,
     tokens: int | None = None,
     batch: int = 1,
+    dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     engine: Engine = "auto",
     direct: Direct = "auto",
@@ -191,9 +186,10 @@ def load(
     - ``gpu``, ``dram``: budgets, as bytes or text like "14GiB". "auto" takes what is free now, with
       headroom; None or 0 keeps no sublayer there: everything is streamed from SSD.
     - ``context``: the longest sequence, prompt and answer together; 4096 or the model's limit, if less.
-    - ``tokens``: the longest prompt; ``context`` unless given.
+    - ``tokens``: the most of a sequence in one pass, its prompt; ``context`` unless given.
     - ``batch``: sequences at once, each beam one; the KV cache has room for ``batch`` times ``context`` positions,
       which more and shorter sequences may share.
+    - ``dtype``: what the weights must be in, as "bfloat16"; they are streamed as they are, and never converted.
     - ``device``: "cuda" or "cpu"; CUDA where there is one.
     - ``engine``, ``direct``, ``strict``: how files are read, see :class:`mhaffn.reader.Reader`.
     - ``verify``: check a packed store's checksums as its bytes arrive.
@@ -205,7 +201,12 @@ def load(
     """
     folder = resolve(model)
     store = Store.open(folder)
-    config, generation_config = _transformers_configs(folder)
+    if dtype is not None and str(dtype).removeprefix("torch.") not in ("auto", store.dtype):
+        raise ConfigError(
+            f"got dtype = {dtype}, but {folder} holds {store.dtype}, and weights are streamed as they are; "
+            f"`mhaffn pack {folder} DST --dtype {str(dtype).removeprefix('torch.')}` converts them"
+        )
+    config, generation_config = transformers_configs(folder)
     runner = open_runner(
         store, gpu=gpu, dram=dram, context=context, tokens=tokens, batch=batch, device=device, engine=engine,
         direct=direct, strict=strict, verify=verify, tiers=tiers, progress=progress,
@@ -216,7 +217,7 @@ def load(
     return loaded
 
 
-def _transformers_configs(folder: Path) -> tuple[PreTrainedConfig, GenerationConfig | None]:
+def transformers_configs(folder: Path) -> tuple[PreTrainedConfig, GenerationConfig | None]:
     """What ``generate()`` needs of the folder; raises :class:`ConfigError` where transformers cannot read it."""
     path = folder / "config.json"
     try:

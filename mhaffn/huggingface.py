@@ -7,7 +7,7 @@ module's own code runs. Which modules are covered, and why others are not, is de
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace as replace_field
 from functools import cache, partial
 from typing import Any, cast
@@ -72,11 +72,7 @@ class Attention(Swapped):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         self.check_inference(hidden_states)
-        if isinstance(past_key_values, QuantizedCache):
-            raise ConfigError(
-                "got a QuantizedCache, expected a dynamic, static or offloaded cache; undo the replacement with "
-                "mhaffn.restore(model) to use a quantized one"
-            )
+        refuse_quantized(past_key_values)
         if position_embeddings is None or not self._covers(hidden_states, attention_mask, kwargs):
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
@@ -91,7 +87,7 @@ class Attention(Swapped):
         if "q_norm" in parts:
             q, k = parts["q_norm"](q), parts["k_norm"](k)
         cos, sin = position_embeddings
-        cos, sin = self.memo.of(cos, partial(_halves, sin), leads=self.leads)
+        cos, sin = self.memo.of(cos, partial(halves, sin), leads=self.leads)
         q, k = ops.rope(q, k, cos, sin)
         kv_lens = None
         if past_key_values is not None:
@@ -150,12 +146,21 @@ class DecoderLayer(Swapped):
         return cast(Tensor, residual + parts["mlp"](y))
 
 
+def refuse_quantized(cache: Cache | None) -> None:
+    """Raises :class:`ConfigError` for a cache whose keys come back other than they went in."""
+    if isinstance(cache, QuantizedCache):
+        raise ConfigError(
+            "got a QuantizedCache, expected a dynamic, static or offloaded cache; undo the replacement with "
+            "mhaffn.restore(model) to use a quantized one"
+        )
+
+
 def _project(layer: Any, x: Tensor) -> Tensor:
     """``layer(x)``, without the cost of a module call where there is nothing to it but the product."""
     return linear(x, layer.weight, layer.bias) if plain_weight(layer) else cast(Tensor, layer(x))
 
 
-def _halves(sin: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
+def halves(sin: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
     """Transformers repeats the angle of each pair; ``ops.rope`` takes it once, in float32."""
     half = cos.shape[-1] // 2
     return cos[..., :half].float(), sin[..., :half].float()
@@ -175,7 +180,7 @@ def survey(model: nn.Module) -> list[Found]:
 
 def _find(name: str, module: nn.Module) -> Found | None:
     cls = module.upstream if isinstance(module, Swapped) else type(module)
-    upstream = _upstream(cls)
+    upstream = upstream_of(cls)
     mixin = next((mixin for kind, mixin in KINDS.items() if (upstream or cls).__name__.endswith(kind)), None)
     if mixin is None:
         return None
@@ -187,7 +192,7 @@ def _find(name: str, module: nn.Module) -> Found | None:
     return Found(name, module, mixin, upstream, why)
 
 
-def _upstream(cls: type[nn.Module]) -> type[nn.Module] | None:
+def upstream_of(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class of transformers that ``cls`` is, or derives from."""
     for base in cls.__mro__:
         for family, prefix in FAMILIES.items():
@@ -304,12 +309,16 @@ def check(found: list[Found]) -> None:
             family = next(prefix for prefix in FAMILIES.values() if f.upstream.__name__.startswith(prefix))
             config = f.module.__dict__.get("config")
             if config is not None or family not in configs:
-                configs[family] = _tiny(config)
+                configs[family] = tiny_options(config)
     for family, options in configs.items():
-        _check(family, json.dumps(options, sort_keys=True))
+        try_on_tiny(family, json.dumps(options, sort_keys=True), _replace_all)
 
 
-def _tiny(config: Any) -> dict[str, Any]:
+def _replace_all(model: Any) -> None:
+    replace(survey(model))
+
+
+def tiny_options(config: Any) -> dict[str, Any]:
     groups, head_dim = 2, 16
     if config is not None:
         groups = config.num_attention_heads // config.num_key_value_heads
@@ -323,7 +332,8 @@ def _tiny(config: Any) -> dict[str, Any]:
 
 
 @cache
-def _check(family: str, options: str) -> None:
+def try_on_tiny(family: str, options: str, change: Callable[[Any], None]) -> None:
+    """Compares logits of a tiny random model before and after ``change``; raises :class:`UnsupportedModelError`."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.manual_seed(0)
         config = getattr(transformers, f"{family}Config")(**json.loads(options), attn_implementation="sdpa")
@@ -331,8 +341,8 @@ def _check(family: str, options: str) -> None:
         for name, parameter in model.named_parameters():  # wide enough that a slip of any part shows in the logits
             torch.nn.init.normal_(parameter, *((1.0, 0.3) if "norm" in name else (0.0, 0.15)))
         expected = _logits(model)
-        replace(survey(model))
         try:
+            change(model)
             error = (_logits(model) - expected).abs().max().item()
         except Exception as problem:
             raise UnsupportedModelError(_disagreement(family, f"{type(problem).__name__}: {problem}")) from problem

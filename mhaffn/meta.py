@@ -6,6 +6,7 @@ the cache is a tensor ``[B, S, H, K]`` of each attention module: keys and values
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -161,11 +162,16 @@ def check(found: list[Found]) -> None:
     """
     ratios = {f.module.n_rep for f in found if f.mixin is Attention and f.why is None}
     for ratio in ratios or ({2} if any(f.why is None for f in found) else ()):
-        _check(ratio)
+        try_on_tiny(ratio, _replace_all)
+
+
+def _replace_all(model: nn.Module) -> None:
+    replace(survey(model))
 
 
 @cache
-def _check(ratio: int) -> None:
+def try_on_tiny(ratio: int, change: Callable[[Any], None]) -> None:
+    """Compares logits of a tiny random model before and after ``change``; raises :class:`UnsupportedModelError`."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         torch.manual_seed(0)
         sizes = {"dim": 32 * ratio, "n_layers": 2, "n_heads": 2 * ratio, "n_kv_heads": 2, "vocab_size": 61}
@@ -174,8 +180,8 @@ def _check(ratio: int) -> None:
         for name, parameter in model.named_parameters():  # wide enough that a slip of any part shows in the logits
             torch.nn.init.normal_(parameter, *((1.0, 0.3) if "norm" in name else (0.0, 0.15)))
         expected = _logits(model)
-        replace(survey(model))
         try:
+            change(model)
             error = (_logits(model) - expected).abs().max().item()
         except Exception as problem:
             raise UnsupportedModelError(_disagreement(f"{type(problem).__name__}: {problem}")) from problem

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from typing import TypedDict, get_args
 
 import torch
 
@@ -17,6 +17,23 @@ from mhaffn.runner import Direct, Engine, Runner
 from mhaffn.store import Store
 
 CONTEXT = 4096
+
+
+class Options(TypedDict, total=False):
+    """How a model is streamed; what each means, and what it is unless given, says :func:`mhaffn.load`."""
+
+    gpu: Budget
+    dram: Budget
+    context: int | None
+    tokens: int | None
+    batch: int
+    device: str | torch.device | None
+    engine: Engine
+    direct: Direct
+    strict: bool
+    verify: bool
+    tiers: dict[Sublayer, Tier] | None
+    progress: Callable[[int, int], None]
 
 
 def open_runner(

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from pathlib import Path
+from typing import Protocol, Unpack
 
 from torch import nn
 
-from mhaffn.errors import UnsupportedModelError
+from mhaffn.errors import ConfigError, UnsupportedModelError
+from mhaffn.opening import Options, open_runner
+from mhaffn.runner import Runner
+from mhaffn.store import Store, resolve
 from mhaffn.swap import Found, Swapped
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """What :func:`replace` did: ``replaced``, names of modules and their classes; ``left``, names and the reasons."""
+    """What :func:`replace` did: ``replaced``, names of modules and their classes; ``left``, names and the reasons.
+
+    ``runner`` streams the weights, with its plan, trace and store; None where the model has its own.
+    """
 
     replaced: Mapping[str, str]
     left: Mapping[str, str]
+    runner: Runner | None = None
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)} modules: {_counts(self.replaced)}"]
+        if self.runner is not None:
+            lines.append(f"streamed from {self.runner.store.path}: {self.runner.plan.describe()}")
         for reason in dict.fromkeys(self.left.values()):
             names = [name for name, why in self.left.items() if why == reason]
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -29,7 +40,7 @@ class Replacement:
         return "\n".join(lines)
 
 
-def replace(model: nn.Module) -> Replacement:
+def replace(model: nn.Module, *, store: str | Path | None = None, **options: Unpack[Options]) -> Replacement:
     """Lets attention, MLPs and RMSNorms of ``model`` run on :mod:`mhaffn.ops`; :func:`restore` undoes it.
 
     ``model`` is a Llama, Mistral, Qwen2 or Qwen3 of transformers, or Meta's ``llama_models.llama3.model.Transformer``,
@@ -40,7 +51,17 @@ def replace(model: nn.Module) -> Replacement:
 
     At first use it compares logits on a tiny random model of the same family. Raises :class:`UnsupportedModelError`
     if they differ, or if there is nothing in ``model`` that it knows; nothing is replaced then.
+
+    With ``store``, a folder or hub id as :func:`mhaffn.load` takes them, ``model`` is one without weights, made under
+    ``with torch.device("meta")`` from the same config: a Llama or Mistral of transformers, or Meta's. Its layers then
+    compute with weights streamed from there, by the ``options`` of :func:`mhaffn.load`, in the store's dtype;
+    embedding, norm and head are loaded. Meta's model itself says the context and the batch. :func:`restore` ends the
+    stream and frees its memory, and so does the end of the model.
     """
+    if store is not None:
+        return _stream(model, Store.open(resolve(store)), options)
+    if options:
+        raise ConfigError(f"got {', '.join(options)} without store, which is what they are about; give store too")
     base = _code_base(model)
     found = base.survey(model)
     if not any(f.upstream for f in found):
@@ -49,6 +70,12 @@ def replace(model: nn.Module) -> Replacement:
     base.replace(found)
     replaced = {f.name: f.upstream.__name__ for f in found if f.upstream is not None and f.why is None}
     return Replacement(replaced, {f.name: f.why for f in found if f.why is not None})
+
+
+def _stream(model: nn.Module, store: Store, options: Options) -> Replacement:
+    stream = partial(open_runner, store, **options)
+    runner, replaced = _streamed(model).stream(model, store, stream)
+    return Replacement(replaced, {}, runner)
 
 
 def restore(model: nn.Module) -> None:
@@ -71,16 +98,41 @@ class CodeBase(Protocol):
         """Swaps those with no reason against it."""
 
 
+class StreamedCodeBase(Protocol):
+    """What :mod:`mhaffn.streamed_huggingface` and :mod:`mhaffn.streamed_meta` have in common."""
+
+    def stream(
+        self, model: nn.Module, store: Store, open_runner: Callable[..., Runner]
+    ) -> tuple[Runner, dict[str, str]]:
+        """Lets ``model`` compute with the weights of ``store``; the runner, and what was replaced."""
+
+
 def _code_base(model: nn.Module) -> CodeBase:
-    origins = {cls.__module__.partition(".")[0] for module in model.modules() for cls in type(module).__mro__}
-    if "llama_models" in origins:
+    if _origin(model) == "llama_models":
         from mhaffn import meta
 
         return meta
-    if "transformers" in origins:
-        from mhaffn import huggingface
+    from mhaffn import huggingface
 
-        return huggingface
+    return huggingface
+
+
+def _streamed(model: nn.Module) -> StreamedCodeBase:
+    if _origin(model) == "llama_models":
+        from mhaffn import streamed_meta
+
+        return streamed_meta
+    from mhaffn import streamed_huggingface
+
+    return streamed_huggingface
+
+
+def _origin(model: nn.Module) -> str:
+    """The package whose model it is; raises :class:`UnsupportedModelError` for one that is not known."""
+    origins = {cls.__module__.partition(".")[0] for module in model.modules() for cls in type(module).__mro__}
+    for known in ("llama_models", "transformers"):
+        if known in origins:
+            return known
     raise UnsupportedModelError(_unknown(model))
 
 

@@ -116,6 +116,12 @@ class Runner:
                 f"all: batch={work.batch} times context={work.context}. Load the model with a larger batch, at most "
                 f"batch={batch}; each beam is a sequence."
             )
+        if batch * new > work.batch * work.tokens:
+            raise ConfigError(
+                f"got {batch} sequences of {new} tokens in a pass, expected at most {work.batch * work.tokens} tokens "
+                f"in all: batch={work.batch} times tokens={work.tokens}. Load the model with tokens={new} or more, or "
+                "let generate(prefill_chunk_size=...) give the prompt in parts."
+            )
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:

@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_way_in_has_a_snippet() -> None:
-    assert len(SNIPPETS) == len(re.findall(r"^## ", TEXT, re.MULTILINE)) == TEXT.count("```python") == 5
+    assert len(SNIPPETS) == len(re.findall(r"^## ", TEXT, re.MULTILINE)) == TEXT.count("```python") == 7
 
 
 @pytest.mark.parametrize("section", [name for name in SNIPPETS if "Meta" not in name])
@@ -60,14 +60,17 @@ def test_a_snippet_runs(
 def test_the_snippet_for_metas_code_runs(place: Path) -> None:
     if "CI" not in os.environ and find_spec("llama_models") is None:
         pytest.skip("pip install llama-models==0.3.0 fairscale==0.4.13")
-    (code,) = (code for section, code in SNIPPETS.items() if "Meta" in section)
-    prelude = code.partition("model.load_state_dict")[0]
+    resident, streamed = (SNIPPETS[f"Meta's reference code{more}"] for more in ("", ", streamed"))
+    prelude = resident.partition("model.load_state_dict")[0]
     program = (
         f"{prelude}\ntorch.nn.init.ones_(model.norm.weight)\ntorch.save(model.state_dict(), 'consolidated.00.pth')"
     )
-    for text in (program, code):
+    printed = []
+    for text in (program, resident, f"{streamed}\nassert logits.isfinite().all()"):
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         ran = subprocess.run([sys.executable, "-c", text], cwd=place, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
-    assert "replaced 9 modules: 2 Attention, 2 FeedForward, 5 RMSNorm" in ran.stdout
+        printed.append(ran.stdout)
+    assert "replaced 9 modules: 2 Attention, 2 FeedForward, 5 RMSNorm" in printed[1]
+    assert "replaced 3 modules: 3 TransformerBlock" in printed[2]
     assert torch.load(place / "consolidated.00.pth", weights_only=True)["norm.weight"].shape == (128,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 import mhaffn
-from mhaffn.errors import UnsupportedModelError
+from mhaffn.errors import ConfigError, UnsupportedModelError
 from tests.test_replace import classes, one_thread  # noqa: F401
 
 if "CI" not in os.environ:  # there it is installed
@@ -24,7 +25,7 @@ from fairscale.nn.model_parallel.layers import ColumnParallelLinear
 from llama_models.llama3 import model as llama3
 from llama_models.llama3.args import ModelArgs
 
-from mhaffn import meta
+from mhaffn import meta, streamed_meta
 
 pytestmark = pytest.mark.usefixtures("one_thread", "parallel")
 
@@ -264,6 +265,118 @@ def test_what_is_added_afterwards_counts(device: str) -> None:
     assert (other(ids, 0) - model(ids, 0)).abs().max() <= 1e-4
 
 
+# --- without weights, on a stream -------------------------------------------------------------------------------------
+
+SCALED = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def store_of(model: Any, folder: Path) -> Path:
+    """The weights of ``model`` as a folder of transformers, which is what stores are made of."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    p, head_dim = model.params, model.params.dim // model.params.n_heads
+    theirs = LlamaForCausalLM(LlamaConfig(
+        hidden_size=p.dim, intermediate_size=model.layers[0].feed_forward.w1.weight.shape[0], vocab_size=p.vocab_size,
+        num_hidden_layers=p.n_layers, num_attention_heads=p.n_heads, num_key_value_heads=p.n_kv_heads or p.n_heads,
+        rms_norm_eps=p.norm_eps, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=1,
+        eos_token_id=None, pad_token_id=0,
+        rope_parameters={"rope_theta": p.rope_theta, **(SCALED if p.use_scaled_rope else {"rope_type": "default"})},
+    ))  # fmt: skip
+    names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+    for i in range(p.n_layers):
+        ours = f"model.layers.{i}"
+        names |= {
+            f"layers.{i}.{meta}": f"{ours}.{name}"
+            for meta, name in {
+                "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv":
+                "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+                "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
+                "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+            }.items()
+        }  # fmt: skip
+    state = {}
+    for name, weight in model.state_dict().items():
+        if name.endswith(("wq.weight", "wk.weight")):  # numbers of a pair: side by side here, half a head apart there
+            weight = torch.cat([h for w in weight.split(head_dim) for h in (w[0::2], w[1::2])])
+        state[names[name.removesuffix(".weight")] + ".weight"] = weight
+    theirs.load_state_dict(state)
+    theirs.to(model.tok_embeddings.weight.dtype).save_pretrained(folder)
+    return folder
+
+
+def empty(model: Any) -> Any:
+    with torch.device("meta"):
+        return llama3.Transformer(model.params).to("meta")  # fairscale makes parameters on the CPU
+
+
+def streamed_pair(device: str, folder: Path, **options: Any) -> tuple[Any, Any]:
+    model = make(device, **options)
+    other = empty(model)
+    mhaffn.replace(other, store=store_of(model, folder), device=device, gpu=None, dram=None)
+    return model, other
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_streamed_a_prompt_and_32_decoded_tokens(name: str, tmp_path: Path, device: str) -> None:
+    model, other = streamed_pair(device, tmp_path, **CONFIGS[name])
+    ids = prompt(2, 10, device)
+    start = 0
+    for _ in range(33):
+        expected, got = model(ids, start), other(ids, start)
+        assert (got - expected).abs().max() <= 1e-4
+        start += ids.shape[1]
+        ids = expected[:, -1:].argmax(-1)
+
+
+def test_streamed_a_batch_of_three_lengths(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mhaffn.modules.CHUNK_TOKENS", 4)  # so that a prompt takes several steps
+    model, other = streamed_pair(device, tmp_path)
+    prompts = [prompt(1, n, "cpu")[0].tolist() for n in (5, 12, 8)]
+    (theirs, expected), (ours, got) = (generate(m, prompts, 32, device) for m in (model, other))
+    assert torch.equal(ours, theirs) and (got - expected).abs().max() <= 1e-4
+
+
+def test_streamed_and_restored(tmp_path: Path, device: str) -> None:
+    model = make(device)
+    store = store_of(model, tmp_path)
+    other = empty(model)
+    before, parameters = classes(other), dict(other.named_parameters())
+    report = mhaffn.replace(other, store=store, device=device, gpu=None, dram=None)
+    assert str(report).splitlines()[0] == "replaced 3 modules: 3 TransformerBlock"
+    assert report.runner is not None and report.runner.plan.work.logits == 64
+    assert (other(prompt(1, 5, device), 0) - model(prompt(1, 5, device), 0)).abs().max() <= 1e-4
+    for ids, start, message in ((prompt(1, 60, device), 5, "context"), (prompt(4, 2, device), 0, "max_batch_size")):
+        with pytest.raises(ConfigError, match=message):
+            other(ids, start)
+    mhaffn.restore(other)
+    assert classes(other) == before and other.freqs_cis.is_meta and other.layers[0].attention.cache_k.is_meta
+    assert all(p is parameters[name] for name, p in other.named_parameters())
+
+
+def test_streamed_it_refuses_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(make(), tmp_path)
+    refused = [
+        ({"dim": 144}, ConfigError, "dim of 144, not 72"),
+        ({"use_scaled_rope": True}, ConfigError, "rotary angles"),
+        ({"rope_theta": 1e6}, ConfigError, "rotary angles"),
+        ({"cls": OwnMasks}, UnsupportedModelError, "forward of its own"),
+    ]
+    for changes, kind, message in refused:
+        model = make(**changes).to("meta")
+        before = classes(model)
+        with pytest.raises(kind, match=message):
+            mhaffn.replace(model, store=store, device="cpu")
+        assert classes(model) == before
+    with pytest.raises(ConfigError, match="without weights"):
+        mhaffn.replace(make(), store=store, device="cpu")
+    monkeypatch.setattr(streamed_meta, "get_model_parallel_world_size", lambda: 2)
+    with pytest.raises(UnsupportedModelError, match="2 ranks"):
+        mhaffn.replace(empty(make()), store=store, device="cpu")
+
+
 @pytest.mark.parametrize("slip", ["rope", "raises"])
 def test_it_refuses_where_its_check_fails(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     angles = meta._angles
@@ -274,7 +387,7 @@ def test_it_refuses_where_its_check_fails(slip: str, monkeypatch: pytest.MonkeyP
         cos, sin, start = angles(*args)
         return cos, -sin, start
 
-    meta._check.cache_clear()
+    meta.try_on_tiny.cache_clear()
     monkeypatch.setattr(meta, "_angles", slipping)
     model = make()
     before = classes(model)

@@ -417,8 +417,8 @@ def test_every_part_runs_fused(monkeypatch: pytest.MonkeyPatch, device: str) -> 
 def test_angles_are_made_once_a_pass(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     _, other = pair(device)
     made = []
-    halves = huggingface._halves
-    monkeypatch.setattr(huggingface, "_halves", lambda *angles: made.append(1) or halves(*angles))
+    halves = huggingface.halves
+    monkeypatch.setattr(huggingface, "halves", lambda *angles: made.append(1) or halves(*angles))
     other(prompt(1, 5, device))
     other(prompt(1, 5, device))
     assert len(made) == 2
@@ -821,9 +821,9 @@ def test_models_it_does_not_know() -> None:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    huggingface._check.cache_clear()
+    huggingface.try_on_tiny.cache_clear()
     yield
-    huggingface._check.cache_clear()
+    huggingface.try_on_tiny.cache_clear()
 
 
 @pytest.mark.parametrize("slip", ["padding", "scale", "raises"])
@@ -863,6 +863,6 @@ def test_its_check_runs_once_and_leaves_no_trace(unchecked: None, monkeypatch: p
 
 def test_its_check_shares_what_matters_with_the_model() -> None:
     config = make("Qwen3", attention_bias=True, **CONFIGS["yarn"], **WIDE).config
-    tiny = huggingface._tiny(config)
+    tiny = huggingface.tiny_options(config)
     assert tiny["attention_bias"] is True and tiny["rope_parameters"]["rope_type"] == "yarn"
     assert tiny["head_dim"] == 32 and tiny["num_attention_heads"] == 2 * tiny["num_key_value_heads"]

@@ -1,0 +1,59 @@
+"""What live models of other code have in common when their layers run on a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Never
+
+from torch import Tensor, nn
+
+from mhaffn.errors import ConfigError
+from mhaffn.runner import Runner
+from mhaffn.swap import Swapped
+
+
+class Streamed(Swapped):
+    """A module that computes with weights of a stream instead of its own, which have no memory."""
+
+    def __reduce_ex__(self, protocol: Any) -> Never:
+        raise ConfigError("a streamed model cannot be copied or pickled; make another and give it the same store")
+
+
+class Owner(Streamed):
+    """The module around the layers. ``undo`` takes the stream away again; so does the end of the module itself."""
+
+    runner: Runner
+    undo: Callable[[], None]
+
+    def give_back(self) -> None:
+        undo = self.undo
+        for layer in self.layers:  # type: ignore[union-attr]
+            if isinstance(layer, Swapped):
+                layer.give_back()
+        super().give_back()
+        undo()
+
+
+def fill(undo: ExitStack, module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Makes ``tensor`` the parameter ``name`` of ``module``, until ``undo`` is closed."""
+    undo.callback(module._parameters.__setitem__, name, module._parameters[name])
+    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def require_meta(model: nn.Module) -> None:
+    """Raises :class:`ConfigError` unless every parameter is on the meta device."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            raise ConfigError(
+                f"got a model with {name} on {parameter.device}, expected one without weights: make it under "
+                '`with torch.device("meta"):`, and then move it .to("meta"), as some code makes parameters elsewhere. '
+                "A model that holds its weights needs no store."
+            )
+
+
+def require_same(model: Mapping[str, object], store: Mapping[str, object], path: object) -> None:
+    """Raises :class:`ConfigError` where the two say different things."""
+    differing = [f"{name} of {model[name]}, not {value}" for name, value in store.items() if model[name] != value]
+    if differing:
+        raise ConfigError(f"got a model with {'; '.join(differing)}, as {path} has; make the model from its config")
