@@ -200,6 +200,26 @@ def test_generate_gives_the_tokens_of_transformers(options: dict[str, Any], tiny
     assert got.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("way", ["copy", "draft", "lookup"])
+@torch.no_grad()
+def test_guesses_change_no_token_and_save_passes(way: str, tiny_model: Model, device: str) -> None:
+    folder = tiny_model(seed=1)
+    ids = torch.tensor([[5, 17, 101, 42, 9, 5, 17, 101]], device=device)
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
+    if way != "lookup":
+        assistant = open_reference(folder, device)
+        if way == "draft":
+            assistant.model.layers, assistant.config.num_hidden_layers = assistant.model.layers[:2], 2
+        options = {"assistant_model": assistant}
+    with mhaffn.load(folder, gpu=None, dram=None, device=device) as model:
+        given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False}
+        plain = model.generate(ids, **given)
+        passes = model.runner.trace.number
+        assert torch.equal(model.generate(ids, **given, **options), plain)
+        saved = 2 * passes - model.runner.trace.number
+    assert passes == 40 and (saved >= 20 if way == "copy" else saved >= 0)
+
+
 def test_several_end_of_text_ids_come_from_generation_config(tiny_model: Model, tmp_path: Path) -> None:
     folder = tiny_model()
     copy = tmp_path / "model"

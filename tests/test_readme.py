@@ -18,9 +18,10 @@ def test_the_tables_are_those_of_the_results() -> None:
     assert check.returncode == 0, "run: python bench/readme_table.py"
 
 
-def test_the_tables_of_quality_are_those_of_the_results() -> None:
-    check = subprocess.run([sys.executable, ROOT / "bench" / "quality.py", "--check"], cwd=ROOT)
-    assert check.returncode == 0, "run: python bench/quality.py --render"
+@pytest.mark.parametrize("subject", ["quality", "speculation"])
+def test_the_tables_of_a_document_are_those_of_the_results(subject: str) -> None:
+    check = subprocess.run([sys.executable, ROOT / "bench" / f"{subject}.py", "--check"], cwd=ROOT)
+    assert check.returncode == 0, f"run: python bench/{subject}.py --render"
 
 
 def test_both_languages_carry_the_same_numbers_and_links() -> None:

@@ -102,6 +102,29 @@ def test_the_gguf_path_gives_what_transformers_reads_from_the_same_file(smollm2:
         assert (model(ids).logits - reference(ids).logits).abs().max() <= 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.slow
+def test_guessed_tokens_are_those_of_greedy_decoding_in_fewer_passes(smollm2: Path, tmp_path: Path) -> None:
+    """In float32, where no rounding tips a tie: a resident copy, the model's first 15 layers, and prompt lookup."""
+    path = pack(fetch_gguf(tmp_path), tmp_path / "store", dtype="float32", formats=ALL_PLAIN).path
+    copy, draft = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for _ in range(2))
+    draft.model.layers, draft.config.num_hidden_layers = draft.model.layers[:15], 15
+    ways = {"plain": {}, "copy": {"assistant_model": copy}, "draft": {"assistant_model": draft},
+            "lookup": {"prompt_lookup_num_tokens": 10}}  # fmt: skip
+    passes = dict.fromkeys(ways, 0)
+    with mhaffn.load(path, gpu=None, dram=None, device="cpu") as model:
+        for prompt in PROMPTS:
+            ids, found = encode(path, prompt), {}
+            for way, options in ways.items():
+                before = model.runner.trace.number
+                found[way] = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, **options
+                ).tolist()
+                passes[way] += model.runner.trace.number - before
+            assert found == dict.fromkeys(ways, found["plain"]), prompt
+    assert passes["copy"] * 3 < passes["plain"] and passes["draft"] < passes["plain"] > passes["lookup"], passes
+
+
 def test_the_snippet_of_the_readme_runs_as_written(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("README.md", "README.zh-CN.md"):
         text = (Path(__file__).parent.parent / name).read_text(encoding="utf-8")
