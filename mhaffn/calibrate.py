@@ -21,8 +21,9 @@ from mhaffn import ops
 from mhaffn.config import KINDS, Sublayer
 from mhaffn.device import choose_device, memory_errors
 from mhaffn.errors import ConfigError
+from mhaffn.files import read_text
 from mhaffn.store.format import RESIDENT_NAMES, tensor_name
-from mhaffn.store.source import Source, open_source
+from mhaffn.store.source import Source
 
 TOKENS = 4096
 WINDOW = 512
@@ -32,31 +33,25 @@ Progress = Callable[[int, int], None]
 
 
 def importance_of(
-    source: str | Path,
-    text: str | Path,
+    source: Source,
+    text: Path,
     *,
     device: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Tensor]:
-    """For each matrix of the model at ``source`` (a folder or a GGUF file), what ``text`` makes of its columns.
+    """For each matrix of ``source``, what the file ``text`` makes of its columns.
 
-    Mean squares, float32 ``[D]``, by the matrix's name, over the first :data:`TOKENS` tokens of the file ``text``;
+    Mean squares, float32 ``[D]``, by the matrix's name, over the first :data:`TOKENS` tokens of it;
     ``progress`` gets layers done and in all. The same file on the same ``device`` gives the same bits.
 
     Raises :class:`ConfigError` for a text that cannot be read or is too short, and what reading the source raises.
     """
-    try:
-        content = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{text}: got a file that cannot be read as UTF-8 text ({error}), expected plain text"
-        ) from error
-    origin = open_source(Path(source))
-    tokenizer, config = _transformers_of(origin)
+    content = read_text(text, ConfigError)
+    tokenizer, config = _transformers_of(source)
     ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=TOKENS)["input_ids"][0]
     if len(ids) < WINDOW // 8:
         raise ConfigError(f"{text}: got {len(ids)} tokens, expected at least {WINDOW // 8}: give a longer text")
-    return mean_squares(origin, config, ids, choose_device(device), progress)
+    return mean_squares(source, config, ids, choose_device(device), progress)
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,6 +82,15 @@ def _writable(path: Path | None) -> Path | None:
     if path is not None and path.is_dir():
         raise ConfigError(f"{path} cannot be written: it is a folder; give the name of a file in it")
     return path
+
+
+def _write_json(values: object, path: Path | None) -> None:
+    """Into the file ``path``, or to standard output for ``-``."""
+    content = json.dumps(values, indent=1) + "\n"
+    if path == Path("-"):
+        print(content, end="")
+    elif path is not None:
+        path.write_text(content, encoding="utf-8")
 
 
 def _escape(text: str) -> str:
@@ -255,8 +265,8 @@ def pack(
         if calibrate is not None:
             from mhaffn.calibrate import importance_of
 
-            importance = importance_of(
-                source, calibrate,
+            importance = partial(
+                importance_of, text=calibrate,
                 progress=lambda done, total: bar.update(task, description="calibrating", completed=done, total=total),
             )  # fmt: skip
         store = write_store(
@@ -308,11 +318,7 @@ def verify(
     for damage in found.damages:
         out.print(f"[red]damaged[/] {_escape(damage.message)}", soft_wrap=True, highlight=False)
     out.print(_escape(found.summary()), soft_wrap=True, highlight=False)
-    content = json.dumps(found.to_dict(), indent=1) + "\n"
-    if json_file == Path("-"):
-        print(content, end="")
-    elif json_file is not None:
-        json_file.write_text(content, encoding="utf-8")
+    _write_json(found.to_dict(), json_file)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -356,11 +362,7 @@ def evaluate(
             progress=lambda done, total: bar.update(task, description="evaluating", completed=done, total=total),
         )
     (console if json_file == Path("-") else Console()).print(found.summary(), highlight=False, soft_wrap=True)
-    content = json.dumps(found.to_dict(), indent=1) + "\n"
-    if json_file == Path("-"):
-        print(content, end="")
-    elif json_file is not None:
-        json_file.write_text(content, encoding="utf-8")
+    _write_json(found.to_dict(), json_file)
     if not found.finished:
         console.print("interrupted", style="yellow")
         raise typer.Exit(130)
@@ -442,11 +444,7 @@ def plan(
         formats.check(config)
         found, shown = planning.plan_for(config, machine, source, formats or None)
     (console if json_file == Path("-") else Console()).print(shown)
-    content = json.dumps(planning.to_dict(found), indent=1) + "\n"
-    if json_file == Path("-"):
-        print(content, end="")
-    elif json_file is not None:
-        json_file.write_text(content, encoding="utf-8")
+    _write_json(planning.to_dict(found), json_file)
 
 
 @app.command()

@@ -26,6 +26,7 @@ from mhaffn.budget import free_dram, free_gpu, resolve_budget
 from mhaffn.config import ModelConfig
 from mhaffn.device import choose_device, memory_errors
 from mhaffn.errors import ConfigError
+from mhaffn.files import read_text
 from mhaffn.hf import StreamedLlama, load
 from mhaffn.session import Options, open_tokenizer
 from mhaffn.store import Store, resolve
@@ -177,7 +178,7 @@ def _ids(folders: list[Path], configs: list[ModelConfig], text: Path) -> torch.T
             f"got a vocabulary of {vocabularies[0]} in {folders[0]} and of {vocabularies[1]} in {folders[1]}, "
             f"expected the same. Give the model that the first was made of as the reference."
         )
-    content = _content(text)
+    content = read_text(text, ConfigError)
     found = [open_tokenizer(folder)(content, verbose=False)["input_ids"] for folder in folders]
     if any(ids != found[0] for ids in found):
         raise ConfigError(
@@ -193,15 +194,6 @@ def _ids(folders: list[Path], configs: list[ModelConfig], text: Path) -> torch.T
             f"model's vocabulary. Fetch the model's own tokenizer."
         )
     return ids
-
-
-def _content(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{text}: got bytes that are not UTF-8 at {error.start}, expected a text file") from None
-    except OSError as error:
-        raise ConfigError(f"{text} cannot be read: {error.strerror}. Give a text file.") from error
 
 
 def _shared(options: Options, models: int) -> Options:

@@ -74,6 +74,16 @@ def read_json_object(path: Path, raises: type[MhaffnError], advice: str) -> dict
     return values
 
 
+def read_text(path: Path, raises: type[MhaffnError]) -> str:
+    """The text in ``path``, a pipe too; ``raises`` when it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise raises(f"{path}: got bytes that are not UTF-8 at {error.start}, expected a text file") from None
+    except OSError as error:
+        raise raises(f"{path} cannot be read: {error.strerror}. Give a text file.") from error
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):

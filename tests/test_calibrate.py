@@ -94,24 +94,28 @@ def test_pack_takes_a_text(tiny_model: Model, tmp_path: Path, monkeypatch: pytes
         return int(stop.value.code or 0)
 
     formats = ("--ffn", "int4:64", "--mha", "int8")
+    assert run(source, tmp_path / "plain", "--calibrate", tmp_path / "text") == 2  # nothing to quantise
     assert run(source, tmp_path / "plain", *formats) == 0
+    monkeypatch.setattr("mhaffn.calibrate.mean_squares", lambda *_: pytest.fail("read a model that has no place"))
+    assert run(source, tmp_path / "plain", *formats, "--calibrate", tmp_path / "text") == 2
+    monkeypatch.undo()
     assert run(source, tmp_path / "told", *formats, "--calibrate", tmp_path / "text") == 0
     name = "layer-001-ffn.safetensors"
     assert (tmp_path / "told" / name).read_bytes() != (tmp_path / "plain" / name).read_bytes()
     store = Store.open(tmp_path / "told")
     assert {str(r.format) for s in store.sublayers.values() for r in s.records} == {"plain", "int4:64", "int8"}
-    again = importance_of(source, tmp_path / "text"), importance_of(source, tmp_path / "text")
+    again = [importance_of(open_source(source), tmp_path / "text") for _ in range(2)]
     assert all(torch.equal(again[0][name], again[1][name]) for name in again[0])
 
 
 def test_texts_that_tell_nothing(tiny_model: Model, tmp_path: Path) -> None:
-    source = with_tokenizer(tiny_model(), tmp_path / "source")
+    source = open_source(with_tokenizer(tiny_model(), tmp_path / "source"))
     write_text(tmp_path / "short", 20)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="got 20 tokens, expected at least 64"):
         importance_of(source, tmp_path / "short")
     for path in (tmp_path / "bytes", tmp_path, tmp_path / "none"):
-        with pytest.raises(ConfigError, match="expected plain text"):
+        with pytest.raises(ConfigError, match="text file"):
             importance_of(source, path)
     with pytest.raises(ConfigError, match="transformers finds no tokenizer"):
-        importance_of(tiny_model(), tmp_path / "short")
+        importance_of(open_source(tiny_model()), tmp_path / "short")

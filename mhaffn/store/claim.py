@@ -166,6 +166,11 @@ def _check_same(folder: Path, content: bytes, claimed: dict[str, Any], placement
             f"{folder} holds an unfinished pack {_described(found)}, got one {_described(claimed)}. Go on with the "
             f"same folders, or remove those files and {folder} to begin again."
         )
+    if differing == {"device"}:
+        raise StoreError(
+            f"{folder} holds an unfinished pack whose scales were searched on {shown(found.get('device'))}, and would "
+            f"go on on {shown(claimed['device'])}, which gives other bits. Go on as it began, or remove it."
+        )
     raise StoreError(
         f"{folder} holds an unfinished pack of another model, another dtype or other formats, or files that changed "
         f"since. Remove it, or finish that one."

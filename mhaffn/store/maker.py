@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import xxhash
 
 from mhaffn.config import order
 from mhaffn.errors import ConfigError, CorruptFileError, StoreError
+from mhaffn.files import shown
 from mhaffn.formats import PLAIN, Format, Formats, Part
 from mhaffn.store.source import Source, tensors_by_file
 
@@ -29,11 +30,31 @@ class Maker:
     source: Source
     dtype: str
     formats: Formats
-    importance: Mapping[str, torch.Tensor]
     device: str | None = None
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.formats.check(self.source.config)
+
+    def told(self, importance: Callable[[Source], Mapping[str, torch.Tensor]]) -> Maker:
+        """The same with what columns matter.
+
+        Raises :class:`ConfigError` where nothing is quantised, or the names are not those of the source's matrices.
+        """
+        if not self._quantises:
+            raise ConfigError(
+                "got what columns matter, but no weights to quantise: give formats too, as --ffn int4 does, and leave "
+                "--calibrate out otherwise"
+            )
+        found = importance(self.source)
+        known = {name for _, _, weights in self.contents() for name in weights}
+        if strangers := found.keys() - known:
+            raise ConfigError(f"got importance of {shown(sorted(strangers))}, which {self.source.path} does not hold")
+        return replace(self, importance=found)
+
+    @property
+    def _quantises(self) -> bool:
+        return any(format != PLAIN for format in self._asked.values())
 
     @cached_property
     def _asked(self) -> dict[str, Format]:
@@ -50,7 +71,7 @@ class Maker:
     def made(self) -> dict[str, object]:
         """What a pack in few bits depends on beside source and dtype, ready for JSON."""
         found: dict[str, object] = {"formats": self.formats.options()} if self.formats else {}
-        if any(format != PLAIN for format in self._asked.values()):
+        if self._quantises:
             found["device"] = self._device()
         if self.importance:
             digest = xxhash.xxh3_64()

@@ -35,7 +35,7 @@ from mhaffn.store.format import FEW_BITS_INDEX_NAME, INDEX_NAME, Store
 from mhaffn.store.maker import Maker
 from mhaffn.store.places import ALIGN, PackedFile, Placement
 from mhaffn.store.safetensors import CODES, read_header, write_header
-from mhaffn.store.source import open_source
+from mhaffn.store.source import Source, open_source
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ def pack(
     *,
     dtype: str | None = None,
     formats: Formats | None = None,
-    importance: Mapping[str, torch.Tensor] | None = None,
+    importance: Callable[[Source], Mapping[str, torch.Tensor]] | None = None,
     device: str | None = None,
     mha_dir: str | Path | None = None,
     ffn_dir: str | Path | None = None,
@@ -70,8 +70,8 @@ def pack(
 
     ``dtype`` is bfloat16, float16 or float32; by default the source's own (bfloat16 for GGUF). ``formats`` says which
     sublayers are written in few bits (or plain, where the source has few); the others stay as they are in the source.
-    ``importance`` has, by a matrix's name, the mean squares ``[D]`` of what it multiplies: then the scales make the
-    error of its output least. ``device`` is what searches scales; by default a GPU where there is one.
+    ``importance`` gives for the opened source, by a matrix's name, the mean squares ``[D]`` of what it multiplies: then
+    the scales make the error of its output least. ``device`` is what searches scales, by default a GPU if there is one.
 
     The files of MHA sublayers go to ``mha_dir``, those of FFN sublayers to ``ffn_dir``, or both kinds in turn to the
     folders of ``stripe``, so that in pass order each gets the same share of bytes; ``target`` then holds links
@@ -91,7 +91,9 @@ def pack(
         dtype = origin.dtype if dtype is None else dtype
         if dtype not in DTYPES:
             raise ConfigError(f"got dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
-        maker = Maker(origin, dtype, formats or Formats(), importance or {}, device)
+        maker = Maker(origin, dtype, formats or Formats(), device)
+        if importance is not None:
+            maker = maker.told(importance)
         files = placement.files(maker.contents())
         for sentence in maker.remarks():
             remark(sentence)

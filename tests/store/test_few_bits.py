@@ -121,8 +121,10 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(
     for other in (Formats(), Formats.parse(ffn="int4:64:zeros")):
         with pytest.raises(StoreError, match="other formats"):
             pack(source, target, formats=other, device="cpu")
+    with pytest.raises(StoreError, match="searched on 'cpu', and would go on on 'cuda'"):
+        pack(source, target, formats=MIXED, device="cuda")
     with pytest.raises(StoreError, match="unfinished pack of another"):
-        pack(source, target, formats=MIXED, device="cpu", importance={W1: torch.ones(64)})
+        pack(source, target, formats=MIXED, device="cpu", importance=lambda _: {W1: torch.ones(64)})
     pack(source, target, formats=MIXED, device="cpu")
     names = sorted(path.name for path in packed.iterdir())
     assert names == sorted(path.name for path in target.iterdir())
@@ -131,7 +133,7 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(
 
 def test_the_importance_of_columns_changes_what_is_written(source: Path, tmp_path: Path) -> None:
     importance = {W1: torch.rand(64, generator=torch.Generator().manual_seed(0)) ** 8}
-    store = pack(source, tmp_path / "store", formats=Formats.parse(ffn="int4:64"), importance=importance)
+    store = pack(source, tmp_path / "store", formats=Formats.parse(ffn="int4:64"), importance=lambda _: importance)
     original = load_file(source / "model.safetensors")[W1]
     got = weights_of(store)[W1]
     assert isinstance(got, Quantized)
@@ -148,12 +150,22 @@ def test_what_a_calibrated_pack_is_told_to_go_on(source: Path, tmp_path: Path) -
         if progress.file == "layer-001-mha.safetensors":
             raise KeyboardInterrupt
 
-    formats, importance = Formats.parse(ffn="int4:64"), {W1: torch.ones(64)}
+    formats, importance = Formats.parse(ffn="int4:64"), lambda _: {W1: torch.ones(64)}
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "store", formats=formats, importance=importance, progress=stop)
     with pytest.raises(StoreError, match="Run the same `mhaffn pack` again"):
         Store.open(tmp_path / "store")
     pack(source, tmp_path / "store", formats=formats, importance=importance)
+
+
+def test_importance_of_what_is_not_there_or_not_quantised(source: Path, tmp_path: Path) -> None:
+    formats = Formats.parse(ffn="int4:64")
+    with pytest.raises(ConfigError, match="'other'"):
+        pack(source, tmp_path / "store", formats=formats, importance=lambda _: {"other": torch.ones(64)})
+    for formats in (Formats(), Formats.parse(ffn="plain")):
+        with pytest.raises(ConfigError, match="no weights to quantise"):
+            pack(source, tmp_path / "store", formats=formats, importance=lambda _: pytest.fail("too early"))
+    assert not (tmp_path / "store").exists()
 
 
 def test_formats_that_do_not_fit_and_values_that_cannot_be_kept(source: Path, tmp_path: Path) -> None:
