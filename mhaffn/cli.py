@@ -370,7 +370,10 @@ def evaluate(
 
 @app.command()
 def plan(
-    model: Annotated[str | None, typer.Argument(help="A model folder or hub id; only its config.json is read.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model folder or hub id, of which config.json is enough; or a packed store, as it is."),
+    ] = None,
     measured: Annotated[
         Path | None, typer.Option(help="Analyse a JSON file of times measured by sublayer instead.")
     ] = None,
@@ -411,7 +414,7 @@ def plan(
     from mhaffn.measured import Measured, analyse, outlook
     from mhaffn.plan import Workload
     from mhaffn.profile import Profile
-    from mhaffn.store import resolve
+    from mhaffn.store import Store, manifest, resolve
 
     if (model is None) == (measured is None):
         raise ConfigError("give a MODEL, or --measured FILE")
@@ -420,7 +423,9 @@ def plan(
         found = outlook(figures)
         shown = planning.analysis(figures, analyse(figures), found)
     else:
-        config = ModelConfig.from_folder(resolve(str(model)))
+        folder = resolve(str(model))
+        config = ModelConfig.from_folder(folder)
+        stored = Store.open(folder).stored() if (folder / manifest.NAME).exists() else None
         speeds = {
             name: float(parse_bytes(speed)) for name, speed in (("ssd", ssd), ("h2d", h2d), ("hbm", hbm)) if speed
         }
@@ -442,7 +447,7 @@ def plan(
         machine, source = planning.machine_for(config, given, known, work)
         formats = Formats.parse(mha, ffn)
         formats.check(config)
-        found, shown = planning.plan_for(config, machine, source, formats or None)
+        found, shown = planning.plan_for(config, machine, source, formats or None, stored)
     (console if json_file == Path("-") else Console()).print(shown)
     _write_json(planning.to_dict(found), json_file)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from mhaffn.config import KINDS, Kind, ModelConfig, order
+from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, order
 from mhaffn.formats import Formats
 from mhaffn.plan import Plan, Sizes, Speeds, Workload, make_plan
 from mhaffn.simulate import Links, Prediction, Work, predict
 from mhaffn.trace import Phase
 
+Stored = Mapping[Sublayer, tuple[int, ...]]
+"""Bytes of each tensor of every sublayer, as a packed store has them."""
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 DECODE_PASSES = 128
 """Decode passes that plans count beside the one prefill."""
@@ -45,16 +47,18 @@ class Forecast:
     passes: Mapping[Phase, Prediction]
 
 
-def forecast(name: str, config: ModelConfig, machine: Machine, formats: Formats | None = None) -> Forecast:
-    """Plans and simulates ``config`` (bfloat16, or in ``formats``) on ``machine``.
+def forecast(
+    name: str, config: ModelConfig, machine: Machine, formats: Formats | None = None, stored: Stored | None = None
+) -> Forecast:
+    """Plans and simulates ``config`` (bfloat16, or in ``formats``, or as ``stored``) on ``machine``.
 
     Compute counts as in bfloat16: where less is read, a decode pass that it binds takes less than this.
     """
     plan = make_plan(
         config, "bfloat16", gpu=machine.gpu, dram=machine.dram, copies=machine.links.h2d is not None,
-        work=machine.work, formats=formats, speeds=machine.speeds,
+        work=machine.work, formats=formats, stored=stored, speeds=machine.speeds,
     )  # fmt: skip
-    sizes = Sizes(config, "bfloat16", formats or Formats())
+    sizes = Sizes(config, "bfloat16", formats or Formats(), stored or {})
     passes = {
         phase: predict(
             plan,
@@ -66,10 +70,13 @@ def forecast(name: str, config: ModelConfig, machine: Machine, formats: Formats 
     return Forecast(name, plan, sum(sizes.weights(s) for s in plan.streamed()), passes)
 
 
-def changes(config: ModelConfig, machine: Machine, formats: Formats | None = None) -> list[Forecast]:
+def changes(
+    config: ModelConfig, machine: Machine, formats: Formats | None = None, stored: Stored | None = None
+) -> list[Forecast]:
     """The machine as it is, then each change alone: twice the SSD, more DRAM, fewer bits.
 
-    ``formats`` are compared beside the usual ones.
+    The model is in bfloat16, or as ``stored``. ``formats`` are compared beside the usual ones; of those only such as
+    make it smaller.
     """
     faster = replace(machine, links=replace(machine.links, ssd=2 * machine.links.ssd))
     roomier = replace(machine, dram=(machine.dram or 0) + (32 << 30))
@@ -77,13 +84,19 @@ def changes(config: ModelConfig, machine: Machine, formats: Formats | None = Non
     if formats is not None:
         name = ", ".join(f"{kind.upper()} {format}" for kind, format in formats.kinds.items())
         asked = [forecast(name, config, machine, formats)]
+    now = _nbytes(Sizes(config, "bfloat16", stored=stored or {}))
+    smaller = [(n, f) for n, f in narrower(config) if _nbytes(Sizes(config, "bfloat16", f)) < now]
     return [
-        forecast("as it is", config, machine),
-        forecast("SSD twice as fast", config, faster),
-        forecast("32 GiB more DRAM", config, roomier),
-        *(forecast(name, config, machine, found) for name, found in narrower(config)),
+        forecast("as it is", config, machine, stored=stored),
+        forecast("SSD twice as fast", config, faster, stored=stored),
+        forecast("32 GiB more DRAM", config, roomier, stored=stored),
+        *(forecast(name, config, machine, found) for name, found in smaller),
         *asked,
     ]
+
+
+def _nbytes(sizes: Sizes) -> int:
+    return sum(sizes.weights(sublayer) for sublayer in order(sizes.config.num_layers))
 
 
 def narrower(config: ModelConfig) -> list[tuple[str, Formats]]:

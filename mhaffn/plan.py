@@ -105,7 +105,7 @@ class Plan:
 class Sizes:
     """Bytes of each sublayer: its weights alone, and at most what they take as an image in memory.
 
-    ``formats`` says which sublayers are in few bits; a packed store knows each tensor's bytes, :meth:`of_store`.
+    ``formats`` says which sublayers are in few bits; ``stored`` has each tensor's bytes, where a store tells.
     """
 
     config: ModelConfig

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer
-from mhaffn.forecast import PHASES, Forecast, Machine, changes
+from mhaffn.forecast import PHASES, Forecast, Machine, Stored, changes
 from mhaffn.formats import Formats
 from mhaffn.measured import Layer, Measured
 from mhaffn.plan import TIERS, Sizes, Workload
@@ -78,13 +78,13 @@ def machine_by_hand(config: ModelConfig, hardware: Hardware, work: Workload) -> 
 
 
 def plan_for(
-    config: ModelConfig, machine: Machine, source: str, formats: Formats | None = None
+    config: ModelConfig, machine: Machine, source: str, formats: Formats | None = None, stored: Stored | None = None
 ) -> tuple[list[Forecast], RenderableType]:
     """The machine as it is and each change alone, with the table for people; ``source`` says whose figures.
 
-    ``formats`` are those to compare beside the usual ones.
+    ``formats`` are those to compare beside the usual ones; ``stored`` is what a packed store holds.
     """
-    found = changes(config, machine, formats)
+    found = changes(config, machine, formats, stored)
     base = found[0]
     speeds = f"SSD {machine.links.ssd / 1e9:.1f} GB/s"
     if machine.links.h2d is not None:

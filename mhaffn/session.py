@@ -235,7 +235,8 @@ def stream_text(
 
     ``collect``, if given, gets the new token ids.
     """
-    torch.manual_seed(sampling.seed)
+    if sampling.temperature > 0:
+        torch.manual_seed(sampling.seed)
     ids = ids.to(model.device)
     with _TerminalText(tokenizer, model.runner) as streamer, torch.inference_mode():
         try:

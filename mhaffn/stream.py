@@ -1,8 +1,9 @@
 """Executes a plan: weights of each sublayer on the device, in the order every pass visits them.
 
 Two rings of bytes carry the sublayers that are not resident. Reads land in *staging* (pinned host
-memory); where the device has memory of its own, a mover thread copies each sublayer, chunk by chunk
-as it arrives, into *slots* on the device. Both rings are first in, first out, because access is cyclic:
+memory); where the device has memory of its own, each sublayer is copied into *slots* on the device: by a
+mover thread, chunk by chunk as its bytes arrive; or, where it waits in DRAM and is next, by the computing
+thread, once that has made room. Both rings are first in, first out, because access is cyclic:
 a sublayer's place is free again once it was released. The cycle runs through the pass boundary, so
 while the head computes, the first sublayers of the next pass are already on their way.
 """

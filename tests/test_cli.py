@@ -18,7 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import mhaffn.cli
-from mhaffn.store import pack
+from mhaffn.config import ModelConfig, order
+from mhaffn.plan import Sizes
+from mhaffn.store import Store, pack
 from tests.conftest import Model
 from tests.store.killed import pack_and_die
 
@@ -324,6 +326,22 @@ def test_plan_compares_formats(tiny_model: Model, here: Here) -> None:
         assert name in out
     code, _, err = here("plan", tiny_model(**widths), "--ffn", "int4")
     assert code == 2 and "Take int4:64" in err
+
+
+def test_plan_takes_a_packed_store_as_it_is(tiny_model: Model, tmp_path: Path, here: Here) -> None:
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    source, target = tiny_model(dtype="bfloat16", **widths), tmp_path / "store"
+    assert here("pack", source, target, "--ffn", "int8", "--mha", "int8")[0] == 0
+    code, out, err = here("plan", target, "--dram", "0", "--json", "-")
+    assert code == 0, err
+    now = json.loads(out)[0]
+    half = Sizes(ModelConfig.from_folder(source), "bfloat16")
+    names = [row["name"] for row in json.loads(out)]
+    assert "all in int4" in names and "all in int8" not in names  # only what makes it smaller
+    nbytes = sum(records.nbytes for records in Store.open(target).sublayers.values())
+    assert nbytes < 0.6 * sum(half.weights(s) for s in order(3))
+    code, out, err = here("plan", source, "--dram", "0", "--json", "-")
+    assert code == 0 and now["passes"]["decode"]["ssd_s"] < 0.6 * json.loads(out)[0]["passes"]["decode"]["ssd_s"]
 
 
 def test_tokens_are_drawn_as_asked(model: Path, here: Here) -> None:

@@ -92,7 +92,7 @@ def _change(words: Words, item: Mapping[str, Any]) -> list[str]:
 
 
 def _advice(report: Report, words: Words, situation: str) -> Iterator[str]:
-    """The change with the greatest computed gain among those that can be made today."""
+    """The change with the greatest computed gain, by phase, or that none helps."""
     items = report.raw["outlook"][situation]
     for phase in PHASES:
         best = max((item for item in items[1:]), key=lambda item: item["gain"][phase])

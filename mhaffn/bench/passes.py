@@ -103,7 +103,10 @@ class Executed:
         return Executed(runner, tokens, cache, inputs)
 
     def measurements(self, granularity: str) -> list[Measurement]:
-        """Milliseconds a layer of steady passes, by phase; one sample is several passes in a row."""
+        """Milliseconds a layer of steady passes, by phase; one sample is several passes in a row.
+
+        Where other work always lets the stream get ahead, a sample is the last of :data:`MOST_TRIES`, and reads less.
+        """
         return [
             Measurement(f"pass.{phase}.{granularity}", lambda n, phase=phase: [self._layer_ms(phase, n)], shares=2.5)  # type: ignore[misc]
             for phase in PHASES

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mhaffn.kernels import library, nvrtc_quantized
+from mhaffn.plan import SCRATCH_BYTES
 from mhaffn.quantized import dequantize
 
 from .weights import random_weight
@@ -58,3 +59,9 @@ def test_chunks_of_dequantised_rows_are_round(monkeypatch):
     got = library.linear_in_chunks(x, a, counted)
     assert sizes == [256, 256, 188]
     torch.testing.assert_close(got, x @ dequantize(a).T)
+
+
+def test_a_plan_keeps_room_for_what_products_hold_besides():
+    """Dequantised rows, and the arranged inputs of 2048 rows of the widest FFN; CUDA allocators round up."""
+    arranged = nvrtc_quantized.SM90_ROWS_MAX * 28672 * 2
+    assert max(library.DEQUANTIZED_BYTES, arranged) + (2 << 20) <= SCRATCH_BYTES
