@@ -332,7 +332,7 @@ def test_plan_takes_a_packed_store_as_it_is(tiny_model: Model, tmp_path: Path, h
     widths = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     source, target = tiny_model(dtype="bfloat16", **widths), tmp_path / "store"
     assert here("pack", source, target, "--ffn", "int8", "--mha", "int8")[0] == 0
-    code, out, err = here("plan", target, "--dram", "0", "--json", "-")
+    code, out, err = here("plan", target, "--gpu", "0", "--dram", "0", "--json", "-")
     assert code == 0, err
     now = json.loads(out)[0]
     half = Sizes(ModelConfig.from_folder(source), "bfloat16")
@@ -340,7 +340,7 @@ def test_plan_takes_a_packed_store_as_it_is(tiny_model: Model, tmp_path: Path, h
     assert "all in int4" in names and "all in int8" not in names  # only what makes it smaller
     nbytes = sum(records.nbytes for records in Store.open(target).sublayers.values())
     assert nbytes < 0.6 * sum(half.weights(s) for s in order(3))
-    code, out, err = here("plan", source, "--dram", "0", "--json", "-")
+    code, out, err = here("plan", source, "--gpu", "0", "--dram", "0", "--json", "-")
     assert code == 0 and now["passes"]["decode"]["ssd_s"] < 0.6 * json.loads(out)[0]["passes"]["decode"]["ssd_s"]
 
 
