@@ -1,6 +1,7 @@
 """What each format costs in quality: SmolLM2 on a text, and matrices of known kinds.
 
 python bench/quality.py            measures, into bench/results/quality.json, and writes the tables of docs/quality.md
+python bench/quality.py --told     measures again what calibration brings, keeps the rest
 python bench/quality.py --render   writes the tables alone
 python bench/quality.py --check    exits with 1 where docs/quality.md differs from the results
 
@@ -18,16 +19,18 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from mhaffn.calibrate import importance_of
 from mhaffn.config import KINDS, order
 from mhaffn.demo import PACKAGE, fetch_gguf
 from mhaffn.evaluate import evaluate
-from mhaffn.formats import ALL_PLAIN, Format
+from mhaffn.formats import ALL_PLAIN, Format, Formats
 from mhaffn.machine import describe
 from mhaffn.quantize import quantize
 from mhaffn.quantized import dequantize
@@ -40,17 +43,24 @@ RESULTS, DOCUMENT = ROOT / "bench" / "results" / "quality.json", ROOT / "docs" /
 TEXT_PACKAGE, TEXT_MEMBER = "wordcloud==1.9.6", "examples/alice.txt"
 TEXT_SHA256 = "f00b287e63f5ae3442dc5b9c4bf18650adaf3b7f5034f7be5460089b934a0752"
 TEXT_BEGIN, TEXT_CHARACTERS = "CHAPTER I.", 16000
+TOLD_CHARACTERS = 6000
+"""What calibration reads: the text after that on which it is judged."""
 CONTEXT = 1024
 FORMATS = ("int8", "int8:64", "int8:32", "fp8", "int4:128", "int4:64", "int4:64:zeros", "int4:32")
 PARTS = {"FFN": ("ffn",), "MHA": ("mha",), "both": KINDS}
 WAYS = ("nearest", "searched")
+TOLD = Formats.parse("int8", "int4:64")
 MATRIX_FORMATS = ("int8", "int8:128", "fp8", "int4:128", "int4:64", "int4:32", "int4:128:zeros", "int4:64:zeros")
 
 
 def main() -> int:
     if "--check" in sys.argv:
         return DOCUMENT.read_text(encoding="utf-8") != rendered()
-    if "--render" not in sys.argv:
+    if "--told" in sys.argv:
+        values = json.loads(RESULTS.read_text(encoding="utf-8"))
+        with tempfile.TemporaryDirectory() as scratch:
+            save(values | {"told": told_rows(*opened(Path(scratch)), Path(scratch))})
+    elif "--render" not in sys.argv:
         measure()
     DOCUMENT.write_text(rendered(), encoding="utf-8")
     return 0
@@ -60,9 +70,8 @@ def measure() -> None:
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        text = folder / "text.txt"
-        text.write_text(fetch_text(folder), encoding="utf-8")
-        reference = pack(fetch_gguf(folder), folder / "reference", dtype="float32", formats=ALL_PLAIN)
+        reference, text = opened(folder)
+        told = told_rows(reference, text, folder)
         rows = list(model_rows(reference, text, folder / "variant"))
         plain = evaluate(reference.path, text, context=CONTEXT, options=Options(device="cpu"))
     values = {
@@ -73,10 +82,36 @@ def measure() -> None:
         "tokens": plain.tokens,
         "perplexity": plain.perplexity,
         "rows": rows,
+        "told": told,
         "matrices": list(matrix_rows()),
         "seconds": time.perf_counter() - started_s,
     }
+    save(values)
+
+
+def save(values: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def opened(folder: Path) -> tuple[Store, Path]:
+    """The model in float32, and the text that all is judged on; the text after it lies beside it as told.txt."""
+    whole = fetch_text(folder)
+    (folder / "text.txt").write_text(whole[:TEXT_CHARACTERS], encoding="utf-8")
+    (folder / "told.txt").write_text(whole[TEXT_CHARACTERS:][:TOLD_CHARACTERS], encoding="utf-8")
+    store = pack(fetch_gguf(folder), folder / "reference", dtype="float32", formats=ALL_PLAIN)
+    return store, folder / "text.txt"
+
+
+def told_rows(reference: Store, text: Path, folder: Path) -> list[dict[str, Any]]:
+    """A mixture of formats packed without a calibration text, and with one."""
+    rows = []
+    for way, importance in (("searched", None), ("calibrated", partial(importance_of, text=folder / "told.txt"))):
+        target = folder / f"told-{way}"
+        pack(reference.path, target, formats=TOLD, importance=importance, device="cpu")
+        found = evaluate(target, text, reference=reference.path, context=CONTEXT, options=Options(device="cpu"))
+        rows.append({"way": way, "formats": TOLD.options(), "perplexity": found.perplexity, "kl": found.kl})
+        print(f"{way:10} KL {found.kl:.3e} perplexity {found.perplexity:.4f}", flush=True)
+    return rows
 
 
 def fetch_text(scratch: Path) -> str:
@@ -93,7 +128,7 @@ def fetch_text(scratch: Path) -> str:
     if found != TEXT_SHA256:
         raise SystemExit(f"{member}: got SHA-256 {found}, expected {TEXT_SHA256}")
     whole = content.decode("utf-8-sig").replace("\r\n", "\n")
-    return whole[whole.index(TEXT_BEGIN) :][:TEXT_CHARACTERS]
+    return whole[whole.index(TEXT_BEGIN) :]
 
 
 def model_rows(reference: Store, text: Path, variant: Path) -> Iterator[dict[str, Any]]:
@@ -165,7 +200,11 @@ def rendered() -> str:
     """docs/quality.md with the tables between its marks made of the results."""
     values = json.loads(RESULTS.read_text(encoding="utf-8"))
     page = DOCUMENT.read_text(encoding="utf-8")
-    for mark, table in (("model", model_table(values)), ("matrices", matrix_table(values))):
+    for mark, table in (
+        ("model", model_table(values)),
+        ("told", told_table(values)),
+        ("matrices", matrix_table(values)),
+    ):
         begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
         head, _, rest = page.partition(begin)
         page = head + begin + "\n" + table + "\n" + end + rest.partition(end)[2]
@@ -194,6 +233,12 @@ def model_table(values: dict[str, Any]) -> str:
             )
     lines += ["", "¹ `w2` alone: its 1536 columns are a multiple of 128; all others have 576, and groups of 64.", ""]
     return "\n".join(lines)
+
+
+def told_table(values: dict[str, Any]) -> str:
+    lines = ["| FFN int4:64, MHA int8 | KL | perplexity |", "|---|---|---|"]
+    lines += [f"| {row['way']} | {row['kl']:.2e} | {row['perplexity']:.3f} |" for row in values["told"]]
+    return "\n".join(lines) + "\n"
 
 
 def matrix_table(values: dict[str, Any]) -> str:
