@@ -19,6 +19,7 @@ from mhaffn.budget import Budget
 from mhaffn.config import FEW_BITS, Sublayer
 from mhaffn.device import memory_errors
 from mhaffn.errors import ConfigError
+from mhaffn.huggingface import refuse_quantized
 from mhaffn.modules import Context
 from mhaffn.opening import open_runner
 from mhaffn.plan import CHUNK_TOKENS, Tier
@@ -91,6 +92,7 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give exactly one of input_ids and inputs_embeds")
+        refuse_quantized(past_key_values)
         x = self.runner.embed(input_ids) if input_ids is not None else inputs_embeds
         assert x is not None  # one of the two was given
         batch, new, _ = x.shape

@@ -150,8 +150,8 @@ def refuse_quantized(cache: Cache | None) -> None:
     """Raises :class:`ConfigError` for a cache whose keys come back other than they went in."""
     if isinstance(cache, QuantizedCache):
         raise ConfigError(
-            "got a QuantizedCache, expected a dynamic, static or offloaded cache; undo the replacement with "
-            "mhaffn.restore(model) to use a quantized one"
+            "got a QuantizedCache, expected a dynamic, static or offloaded cache; a model that mhaffn.replace changed "
+            "takes one after mhaffn.restore(model), where it holds its weights"
         )
 
 

@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaForCausalLM,
+    QuantizedCache,
+    StaticCache,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 import mhaffn
 from mhaffn.config import Sublayer, order
 from mhaffn.errors import BudgetError, ConfigError, StreamError
 from tests.conftest import Model
+from tests.test_evaluate import with_tokenizer
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gqa 9/3": {},
@@ -185,8 +195,10 @@ def test_memory_that_runs_out_is_a_clear_error(tiny_model: Model) -> None:
         {"do_sample": False, "cache_implementation": "static"},
         {"do_sample": False, "prompt_lookup_num_tokens": 3},
         {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        pytest.param({"do_sample": False, "cache_implementation": "offloaded"}, marks=pytest.mark.gpu),
+        pytest.param({"do_sample": False, "cache_implementation": "offloaded_static"}, marks=pytest.mark.gpu),
     ],
-    ids=lambda options: ",".join(options),
+    ids=lambda options: ",".join(map(str, options.items())),
 )
 def test_generate_gives_the_tokens_of_transformers(options: dict[str, Any], tiny_model: Model, device: str) -> None:
     folder = tiny_model()
@@ -198,6 +210,20 @@ def test_generate_gives_the_tokens_of_transformers(options: dict[str, Any], tiny
         torch.manual_seed(3)
         got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **options)
     assert got.tolist() == expected.tolist()
+
+
+def test_a_pipeline_chats(tiny_model: Model, tmp_path: Path, device: str) -> None:
+    folder = with_tokenizer(tiny_model(), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}"
+    asked = [{"role": "user", "content": "w5 w9"}]
+    with streamed(folder, device) as model:
+        texts = []
+        for each in (model, open_reference(folder, device)):
+            answer = pipeline("text-generation", model=each, tokenizer=tokenizer)
+            said = answer(asked, max_new_tokens=6, do_sample=False)[0]["generated_text"][-1]
+            texts.append(said["content"])
+    assert texts[0] == texts[1] and len(texts[0].split()) == 6
 
 
 @pytest.mark.parametrize("way", ["copy", "draft", "lookup"])
@@ -276,6 +302,12 @@ def test_a_sequence_longer_than_the_context_is_an_error(tiny_model: Model) -> No
         assert model(prompt(1, 16)).logits.shape == (1, 16, 211)
     with pytest.raises(ConfigError, match="got context = 257, expected 1 to 256"):
         streamed(tiny_model(), "cpu", context=257)
+
+
+def test_a_quantized_cache_is_refused(tiny_model: Model, device: str) -> None:
+    cache = QuantizedCache.__new__(QuantizedCache)  # its constructor wants a quantisation library
+    with streamed(tiny_model(), device) as model, pytest.raises(ConfigError, match="QuantizedCache"):
+        model(prompt().to(device), past_key_values=cache)
 
 
 def test_what_it_cannot_do_it_refuses(tiny_model: Model) -> None:

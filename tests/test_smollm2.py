@@ -81,8 +81,14 @@ def test_logits_and_the_capital_of_france(smollm2: Path, device: str) -> None:
         output = model.generate(
             ids.to(device), attention_mask=torch.ones_like(ids).to(device), max_new_tokens=16, do_sample=False
         )
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
+        stopped = model.generate(
+            ids.to(device), attention_mask=torch.ones_like(ids).to(device), max_new_tokens=16, do_sample=False,
+            stop_strings=["Paris"], tokenizer=tokenizer,
+        )  # fmt: skip
+    assert tokenizer.decode(stopped[0, ids.shape[1] :]).endswith("Paris") and len(stopped[0]) < len(output[0])
     assert (ours.cpu().float() - truth).norm() <= 2 * (theirs.cpu().float() - truth).norm()
-    assert "Paris" in AutoTokenizer.from_pretrained(smollm2).decode(output[0, ids.shape[1] :])
+    assert "Paris" in tokenizer.decode(output[0, ids.shape[1] :])
 
 
 @torch.no_grad()
