@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -14,6 +15,8 @@ class FallbackLog {
   virtual ~FallbackLog() = default;
   // True where the step down may be taken; it is then recorded.
   virtual bool allow(const std::string& reason) = 0;
+  // A file that was read directly is read through the page cache from here on.
+  virtual void lost_direct_reads() {}
 };
 
 // What a reader reports; allows nothing where it is strict.
@@ -29,6 +32,10 @@ class Reasons : public FallbackLog {
     return true;
   }
 
+  void lost_direct_reads() override { lost_direct_reads_.store(true, std::memory_order_relaxed); }
+
+  bool any_lost_direct_reads() const { return lost_direct_reads_.load(std::memory_order_relaxed); }
+
   std::vector<std::string> all() const {
     std::lock_guard<std::mutex> lock(mutex_);
     return reasons_;
@@ -37,6 +44,7 @@ class Reasons : public FallbackLog {
  private:
   static constexpr size_t kCapacity = 64;
   const bool strict_;
+  std::atomic<bool> lost_direct_reads_{false};
   mutable std::mutex mutex_;
   std::vector<std::string> reasons_;
 };

@@ -110,8 +110,9 @@ uint64_t File::size() const {
 
 bool File::fall_back(int error) {
   if (mode_ == Direct::kOn) return false;
-  return log_->allow(path_ + ": a direct read failed with " + errno_text(error) + ": buffered reads") &&
-         make_buffered();
+  if (!log_->allow(path_ + ": a direct read failed with " + errno_text(error) + ": buffered reads")) return false;
+  log_->lost_direct_reads();
+  return make_buffered();
 }
 
 std::shared_ptr<File> FileCache::get(const std::string& path) {

@@ -94,7 +94,7 @@ ReaderInfo Router::info() const {
     std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& [key, device] : devices_) info.devices.push_back(device->info());
   }
-  bool uring = false, direct = false, buffered = false;
+  bool uring = false, direct = false, buffered = reasons_->any_lost_direct_reads();
   for (const DeviceInfo& device : info.devices) {
     uring = uring || device.engine == "io_uring";
     (device.direct ? direct : buffered) = true;

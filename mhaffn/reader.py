@@ -103,7 +103,8 @@ class DeviceInfo:
 class ReaderInfo:
     """What the reader really uses.
 
-    ``engine`` is ``io_uring`` or ``threads``; ``direct`` is ``on``, ``off``, or ``mixed`` where files differ;
+    ``engine`` is ``io_uring`` or ``threads``; ``direct`` is ``on``, ``off``, or ``mixed`` where files differ or one had
+    to be read through the page cache from some point on;
     ``reasons`` has a sentence for each step down from the best there is. ``busy_s`` adds up, over devices,
     the seconds with a read in flight. ``liburing`` is how the extension was linked: static, shared, none.
     """

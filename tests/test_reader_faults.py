@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,65 @@ def test_memory_that_cannot_be_registered_is_read_into_all_the_same(tmp_path: Pa
     for text in (*reasons, *errors):
         assert os.strerror(error) in text and "registering 4 MiB" in text
     assert (len(reasons), len(errors)) == (1, 1)  # strict alone insists on it
+
+
+REFUSE_DIRECT = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/uio.h>
+
+/* The second direct read and all after it: some file systems look at a request only when it comes. */
+ssize_t preadv(int fd, const struct iovec *parts, int count, off_t offset) {
+  static int reads;
+  if ((fcntl(fd, F_GETFL) & O_DIRECT) && __atomic_fetch_add(&reads, 1, __ATOMIC_RELAXED) > 0) {
+    errno = EINVAL;
+    return -1;
+  }
+  ssize_t (*next)(int, const struct iovec *, int, off_t) = dlsym(RTLD_NEXT, "preadv");
+  return next(fd, parts, count, offset);
+}
+"""
+READ_DIRECTLY = """
+import json, sys
+from mhaffn.errors import ReadError
+from mhaffn.reader import Extent, PinnedArena, Reader
+
+def read(arena, **options):
+    with Reader(engine="threads", arena=arena, **options) as reader, arena.lease(22 << 20) as slot:
+        request = reader.submit([Extent(sys.argv[1], 5, 20_000_000)], slot)
+        request.wait(30)
+        at = request.placements[0]
+        return bytes(slot)[at : at + 20_000_000], reader.info()
+
+errors = []
+with PinnedArena(24 << 20, cuda=False) as arena:
+    data, info = read(arena)
+    for options in ({"strict": True}, {"direct": "on"}):
+        try:
+            read(arena, **options)
+        except ReadError as error:
+            errors.append(str(error))
+import xxhash
+print(json.dumps([info.direct, info.reasons, errors, xxhash.xxh3_64_hexdigest(data)]))
+"""
+
+
+def test_direct_reads_that_fail_within_a_request_become_buffered_ones(tmp_path: Path) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    content, source, shim = make_file(tmp_path / "file", 21_000_000), tmp_path / "shim.c", tmp_path / "shim.so"
+    source.write_text(REFUSE_DIRECT)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
+    output = run_python(READ_DIRECTLY, str(tmp_path / "file"), env=os.environ | {"LD_PRELOAD": str(shim)})
+    direct, reasons, errors, digest = json.loads(output)
+    assert digest == xxhash.xxh3_64_hexdigest(content[5:20_000_005])
+    assert direct == "mixed"
+    (reason,) = reasons
+    assert "a direct read failed with EINVAL" in reason and "buffered reads" in reason
+    assert len(errors) == 2 and all("EINVAL" in text or "Invalid argument" in text for text in errors)
 
 
 LIMIT_MEMLOCK = """
