@@ -71,9 +71,8 @@ def prompt(batch: int, length: int, device: str) -> Tensor:
     return torch.randint(3, 211, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_prompt_and_32_decoded_tokens(name: str, device: str) -> None:
-    model, other = pair(device, **CONFIGS[name])
+def compare(model: Any, other: Any, device: str) -> None:
+    """A prompt and 32 decoded tokens of two sequences."""
     ids = prompt(2, 10, device)
     start = 0
     for _ in range(33):
@@ -81,6 +80,12 @@ def test_a_prompt_and_32_decoded_tokens(name: str, device: str) -> None:
         assert (got - expected).abs().max() <= 1e-4
         start += ids.shape[1]
         ids = expected[:, -1:].argmax(-1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_and_32_decoded_tokens(name: str, device: str) -> None:
+    model, other = pair(device, **CONFIGS[name])
+    compare(model, other, device)
     for ours, theirs in zip(other.layers, model.layers, strict=True):
         assert (ours.attention.cache_k - theirs.attention.cache_k).abs().max() <= 1e-4
 
@@ -321,14 +326,7 @@ def streamed_pair(device: str, folder: Path, **options: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_streamed_a_prompt_and_32_decoded_tokens(name: str, tmp_path: Path, device: str) -> None:
-    model, other = streamed_pair(device, tmp_path, **CONFIGS[name])
-    ids = prompt(2, 10, device)
-    start = 0
-    for _ in range(33):
-        expected, got = model(ids, start), other(ids, start)
-        assert (got - expected).abs().max() <= 1e-4
-        start += ids.shape[1]
-        ids = expected[:, -1:].argmax(-1)
+    compare(*streamed_pair(device, tmp_path, **CONFIGS[name]), device)
 
 
 def test_streamed_a_batch_of_three_lengths(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
