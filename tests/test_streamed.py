@@ -61,6 +61,17 @@ def test_logits_equal_transformers(name: str, tiny_model: Model, device: str) ->
     assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@torch.inference_mode()
+def test_half_precision_errs_at_most_twice_as_transformers(dtype: str, tiny_model: Model, device: str) -> None:
+    theirs, ours = pair(tiny_model(dtype=dtype, hidden_size=144), device)
+    assert ours.dtype == theirs.dtype == getattr(torch, dtype)
+    ids = torch.randint(3, 211, (2, 40), generator=torch.Generator().manual_seed(1)).to(device)
+    got, expected = ours(ids).logits, theirs(ids).logits
+    truth = theirs.float()(ids).logits
+    assert (got - truth).norm() <= 2 * (expected - truth).norm()
+
+
 @pytest.mark.parametrize("tiers", ["ssd", "dram", "mixed", "gpu"])
 @torch.inference_mode()
 def test_wherever_sublayers_lie(tiers: str, tiny_model: Model, device: str) -> None:
