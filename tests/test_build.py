@@ -37,6 +37,7 @@ print(json.dumps([mhaffn._native.__file__, info.liburing, info.engine, info.reas
 """
 
 
+@pytest.mark.slow
 def test_without_liburing_the_pool_reads_and_all_say_so(tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()

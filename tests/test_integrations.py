@@ -57,6 +57,7 @@ def test_a_snippet_runs(
         assert len(re.findall(r"w\d+", printed)) == 24  # four words given, twenty made
 
 
+@pytest.mark.slow
 def test_the_snippet_for_metas_code_runs(place: Path) -> None:
     if "CI" not in os.environ and find_spec("llama_models") is None:
         pytest.skip("pip install llama-models==0.3.0 fairscale==0.4.13")

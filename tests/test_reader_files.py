@@ -114,6 +114,7 @@ def resident_bytes() -> int:
     raise AssertionError("no VmRSS")
 
 
+@pytest.mark.slow
 def test_a_blob_across_the_1_gib_boundary(engine: str, tmp_path: Path) -> None:
     size = 1344 * MIB  # 1.3125 GiB
     digest = xxhash.xxh3_64()

@@ -141,6 +141,10 @@ def test_a_read_error_is_damage_and_the_rest_is_read(packed: Path, monkeypatch: 
     assert (second.part, second.error) == ("layer 1 ffn", "ChecksumError")
 
 
+def lanes() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("mhaffn-verify")]
+
+
 def test_a_disk_that_does_not_answer_ends_it(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent:
         def wait(self) -> None:
@@ -149,7 +153,7 @@ def test_a_disk_that_does_not_answer_ends_it(packed: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Reader, "submit", lambda *arguments: Silent())
     with pytest.raises(ReadTimeoutError):
         verify(packed)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mhaffn")]
+    assert not lanes()
 
 
 def test_an_interrupt_ends_it(packed: Path) -> None:
@@ -158,7 +162,7 @@ def test_an_interrupt_ends_it(packed: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         verify(packed, progress=interrupt)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mhaffn")]
+    assert not lanes()
     assert verify(packed).ok
 
 

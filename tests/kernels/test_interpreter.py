@@ -13,7 +13,17 @@ SCRIPT = Path(__file__).with_name("interpreted.py")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("kernel", ["attention_decode", "attention_prefill", "ffn", "quantized", "rmsnorm", "rope"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "attention_decode",
+        pytest.param("attention_prefill", marks=pytest.mark.slow),
+        "ffn",
+        "quantized",
+        "rmsnorm",
+        "rope",
+    ],
+)
 def test_kernel_in_the_interpreter(kernel):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, str(SCRIPT), kernel], env=environment, capture_output=True, text=True)
