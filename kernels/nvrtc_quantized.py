@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import sys
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,29 +55,31 @@ def _launch() -> Any:
     return _driver().cuLaunchKernelEx
 
 
-class Kernel:
-    """A CUDA function with what does not change from launch to launch; a launch costs the host a few µs.
+class Kernel(threading.local):
+    """A CUDA function and the memory that its launches are described in, so that one costs the host a few µs.
 
     ``arguments`` are :mod:`struct` codes: ``P`` a pointer, ``q`` 64 bits, ``i`` 32 bits. With ``overlap`` the kernel
-    itself waits for the one before it.
+    itself waits for the one before it. The driver copies what it is given; each thread has memory of its own.
     """
 
     def __init__(self, function: int, arguments: str, threads: int, shared: int = 0, overlap: bool = False) -> None:
+        code = struct.Struct(f"@{arguments}")
+        memory = ctypes.create_string_buffer(code.size)
+        ends = [struct.calcsize(f"@{arguments[: i + 1]}") for i in range(len(arguments))]
+        starts = [end - struct.calcsize(kind) for end, kind in zip(ends, arguments, strict=True)]
+        self.pack, self.memory = code.pack_into, memory
+        self.pointers = (ctypes.c_void_p * len(starts))(*(ctypes.addressof(memory) + start for start in starts))
+        attributes = (ctypes.addressof(_OVERLAPPING), 1) if overlap else (None, 0)
+        self.configuration = _Configuration(0, 0, 1, threads, 1, 1, shared, None, *attributes)
+        self.reference = ctypes.byref(self.configuration)
         self.function = ctypes.c_void_p(function)
-        self.arguments = struct.Struct(f"@{arguments}")
-        self.offsets = [struct.calcsize(f"@{arguments[: i + 1]}") - struct.calcsize(f"@{code}")
-                        for i, code in enumerate(arguments)]  # fmt: skip
-        self.pointers = ctypes.c_void_p * len(arguments)
-        self.block = (threads, 1, 1, shared)
-        self.attributes = (ctypes.addressof(_OVERLAPPING), 1) if overlap else (None, 0)
 
     def __call__(self, grid: tuple[int, int], stream: int, *arguments: int) -> None:
-        packed = ctypes.create_string_buffer(self.arguments.size)
-        self.arguments.pack_into(packed, 0, *arguments)
-        base = ctypes.addressof(packed)
-        pointers = self.pointers(*[base + offset for offset in self.offsets])
-        configuration = _Configuration(*grid, 1, *self.block, stream, *self.attributes)
-        status = _launch()(ctypes.byref(configuration), self.function, pointers, None)
+        self.pack(self.memory, 0, *arguments)
+        configuration = self.configuration
+        configuration.grid_x, configuration.grid_y = grid
+        configuration.stream = stream
+        status = _launch()(self.reference, self.function, self.pointers, None)
         if status:
             raise RuntimeError(f"cuLaunchKernelEx: got CUDA error {status}, expected 0")
 
@@ -182,10 +185,8 @@ def few_rows(x: Tensor, a: Quantized, b: Quantized | None, tile: tiles.Tile | No
 SOURCE_SM90 = "linear_sm90.cu"
 SM90_ROWS_MAX = 2048
 """Rows of one launch: they are first copied, in the order of the weights' columns."""
-PARTED_ROWS_MAX = 128
-"""Rows up to which the columns may be cut into parts: their sums in float32 are ``PARTS_MAX`` times a result."""
-PARTS_MAX = 4
-JOIN_THREADS = 256
+SHARE_MIN = 8
+"""Steps of 128 columns: fewer than these are not worth a processor's start and the joining of its sums."""
 
 
 def sm90_defines(dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, tile: tiles.Tile) -> tuple[str, ...]:
@@ -216,6 +217,11 @@ class _Sm90:
     module: Any
 
 
+def sm90_shared(tile: tiles.Tile) -> int:
+    """Bytes of shared memory: the stages, and each group's results on their way out."""
+    return int(tile["STAGES"] * tile["TOKENS"] * 128 + 2 * min(tile["TOKENS"], 128) * 144)
+
+
 @cache
 def _sm90(
     dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, tile: tuple[tuple[str, int], ...], index: int
@@ -225,7 +231,7 @@ def _sm90(
     from cupy_backends.cuda.libs import nvrtc as compiler
 
     sizes = dict(tile)
-    shared = sizes["STAGES"] * sizes["TOKENS"] * 128
+    shared = sm90_shared(sizes)
     defined = sm90_defines(dtype, format, scale, zeros, sizes)
     options = ("--gpu-architecture=sm_90a", "--std=c++17", f"-I{nvrtc.SOURCES}", *_include_folders(), *defined)
     program = compiler.createProgram((nvrtc.SOURCES / SOURCE_SM90).read_text(), SOURCE_SM90, (), ())
@@ -242,8 +248,8 @@ def _sm90(
         raise RuntimeError(f"cuFuncSetAttribute: got CUDA error {status}, expected 0")
     return _Sm90(
         Kernel(arrange, "PPqiii", 128),
-        Kernel(multiply, "PPPPPPiiiiiii", 384, shared),
-        Kernel(join, "PPqi", JOIN_THREADS),
+        Kernel(multiply, "PPPPPPiiiiiiiiii", 384, shared, overlap=True),
+        Kernel(join, "PPiiiii", 128, overlap=True),
         module,
     )
 
@@ -254,18 +260,18 @@ def sm90_fits(x: Tensor, a: Quantized) -> bool:
 
 
 @cache
-def column_parts(blocks: int, steps: int, ahead: int, processors: int) -> int:
-    """Parts that the columns are cut into, so that blocks of 128 rows fill the processors.
+def division(count: int, steps: int, ahead: int, processors: int) -> tuple[int, int]:
+    """(tiles left whole, equal parts that each of the others is cut into), for a full last round.
 
-    ``blocks`` are those of one part, ``steps`` of 128 columns the whole row's. A block costs its steps and what it
-    takes to start and to end, in steps; parts cost their joining.
+    ``count`` tiles of results are of ``steps`` times 128 columns, loaded ``ahead`` at a time. Each processor gets one
+    part at most, and all parts run through their columns together: x then comes from L2 for all at once. Sums of
+    parts in float32 take a tile a processor: 17 MiB.
     """
-
-    def cost(parts: int) -> int:
-        mine = -(-steps // (parts * ahead)) * ahead
-        return -(-blocks * parts // processors) * (mine + 6) + (10 if parts > 1 else 0)
-
-    return min(range(1, PARTS_MAX + 1), key=cost)
+    whole = count // processors * processors
+    parts = (
+        p for p in range(steps // SHARE_MIN, 1, -1) if steps % (p * ahead) == 0 and (count - whole) * p <= processors
+    )
+    return next(((whole, p) for p in parts if whole < count), (count, 1))
 
 
 @cache
@@ -282,8 +288,10 @@ def many_rows_chosen(x: Tensor, a: Quantized) -> bool:
     return bool(tile["DEFAULT"]) and nvrtc.available()
 
 
-def many_rows(x: Tensor, a: Quantized, tile: tiles.Tile | None = None, parts: int | None = None) -> Tensor:
-    """x [M, D], a [ROWS, D] -> ``x aᵀ`` [M, ROWS], on sm_90; the columns in ``parts``, by default as fill the GPU."""
+def many_rows(
+    x: Tensor, a: Quantized, tile: tiles.Tile | None = None, cut: tuple[int, int] | None = None
+) -> Tensor:  # fmt: skip
+    """x [M, D], a [ROWS, D] -> ``x aᵀ`` [M, ROWS], on sm_90; ``cut`` as :func:`division` gives it."""
     width, rows = x.shape[1], a.shape[0]
     if not sm90_fits(x, a) or a.shape[1] != width:
         raise ValueError(f"many_rows: got x {x.dtype} {tuple(x.shape)}, a {a.shape} {a.format}; rows of 16 bytes each")
@@ -291,38 +299,32 @@ def many_rows(x: Tensor, a: Quantized, tile: tiles.Tile | None = None, parts: in
         tile = _sm90_tile(tiles.machine(x.device), 4 if a.format == "int4" else 8, x.shape[0], rows)
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     for first in range(0, x.shape[0], SM90_ROWS_MAX):
-        _many_rows(x[first : first + SM90_ROWS_MAX], a, out[first : first + SM90_ROWS_MAX], tile, parts)
+        _many_rows(x[first : first + SM90_ROWS_MAX], a, out[first : first + SM90_ROWS_MAX], tile, cut)
     return out
 
 
-def _many_rows(x: Tensor, a: Quantized, out: Tensor, tile: tiles.Tile, parts: int | None) -> None:
+def _many_rows(x: Tensor, a: Quantized, out: Tensor, tile: tiles.Tile, cut: tuple[int, int] | None) -> None:
     (m, width), rows = x.shape, a.shape[0]
     index = torch.cuda.current_device() if x.device.index is None else x.device.index
     tokens, ahead = tile["TOKENS"], tile["AHEAD"]
     kernels = _sm90(x.dtype, a.format, a.scales.dtype, a.zeros is not None, tuple(tile.items()), index)
-    steps, token_tiles, row_tiles = -(-width // 128), -(-m // tokens), -(-rows // 128)
-    if m > PARTED_ROWS_MAX:
-        parts = 1
-    elif parts is None:
-        parts = column_parts(row_tiles * token_tiles, steps, ahead, tiles.gpu(index).processors)
-    blocks = parts * -(-steps // (parts * ahead)) * ahead * 2  # of 64 columns, past the width zeros
-    arranged = torch.empty(token_tiles * tokens * blocks * 64, dtype=x.dtype, device=x.device)
-    joined = torch.empty(parts * m * rows, dtype=torch.float32, device=x.device) if parts > 1 else None
+    steps, token_tiles = -(-width // (128 * ahead)) * ahead, -(-m // tokens)
+    count, columns = -(-rows // 128) * token_tiles, 2 * steps  # blocks of 64, past the width zeros
+    processors = tiles.gpu(index).processors
+    whole, parts = cut or division(count, steps, ahead, processors)
+    tail = count - whole
+    arranged = torch.empty(token_tiles * tokens * columns * 64, dtype=x.dtype, device=x.device)
+    sums = torch.empty(tail * parts * tokens * 128, dtype=torch.float32, device=x.device) if tail else None
+    sums_at = 0 if sums is None else sums.data_ptr()
     stream = torch.cuda.current_stream(index).cuda_stream
     kernels.arrange(
-        (blocks // 2, token_tiles * tokens // 8),
-        stream,
-        x.data_ptr(),
-        arranged.data_ptr(),
-        x.stride(0),
-        m,
-        width,
-        blocks,
-    )
-    kernels.multiply(
-        (row_tiles * token_tiles, parts), stream, arranged.data_ptr(), *_parts(a), out.data_ptr(),
-        0 if joined is None else joined.data_ptr(), m, rows, width, width // a.group, _shift(a, width), blocks,
-        token_tiles,
+        (columns // 2, token_tiles * tokens // 8), stream, x.data_ptr(), arranged.data_ptr(), x.stride(0), m, width,
+        columns,
     )  # fmt: skip
-    if joined is not None:
-        kernels.join((-(-m * rows // JOIN_THREADS), 1), stream, joined.data_ptr(), out.data_ptr(), m * rows, parts)
+    kernels.multiply(
+        (min(processors, max(whole, tail * parts)), 1), stream, arranged.data_ptr(), *_parts(a), out.data_ptr(),
+        sums_at, m, rows, width, width // a.group, _shift(a, width), columns, token_tiles, whole, columns // parts,
+        tail,
+    )  # fmt: skip
+    if tail:
+        kernels.join((tail * tokens, 1), stream, sums_at, out.data_ptr(), m, rows, token_tiles, whole, parts)

@@ -6,10 +6,12 @@
 // right operand, in shared memory, by tiles that `arrange` has written beforehand as they lie there: in the weights'
 // order of columns, swizzled. So a tile is one bulk copy, and no address is computed while multiplying.
 //
-// A block makes 128 rows x TOKENS tokens of one of gridDim.y parts of the columns: one thread copies, two groups of four
-// warps multiply 64 rows each. While a group's product of 64 columns runs, it unpacks the next 64; the weights of AHEAD
-// rounds are on their way from memory, which with 64 tokens is what binds. Parts are written in float32 and joined by
-// `join`, in their order.
+// A tile of results is 128 rows x TOKENS tokens. There is one block a processor, and it makes one tile after another:
+// one thread copies, two groups of four warps multiply 64 rows each. While a group's product of 64 columns runs, it
+// unpacks the next 64; the weights of AHEAD rounds are on their way from memory, which with 64 tokens is what binds.
+// While a group writes its results, the first weights and tokens of its next tile are already here, and the other
+// group multiplies. The tiles after the first `whole` do not fill the processors: each is cut into equal parts of
+// `share` blocks of columns, one a processor, whose sums in float32 are joined by `join`, in their order.
 //
 // A product reads its left operand and writes its sums after the instruction was issued, until it is waited for. The
 // compiler orders neither around a wait, so `hold` does: registers pass through it before they are read or reused.
@@ -25,6 +27,7 @@ constexpr int kThreadColumns = kStepColumns / 4 / kLoads;      // of one load
 constexpr int kTileBytes = TOKENS * kBlockColumns * 2;
 constexpr int kAtom = TOKENS < 128 ? TOKENS : 128;             // tokens of one instruction
 constexpr int kAtoms = TOKENS / kAtom;
+constexpr int kPitch = 64 + 8;                                 // elements between tokens, where results are turned
 constexpr bool kExact = ZEROS || (HALF ? SCALE != 0 : SCALE != 1);  // scale in float32, round once
 
 // The column of the matrix at position p of a step of 128: see unpack for the order inside a word.
@@ -40,6 +43,7 @@ __device__ inline int column_of(int p) {
 // x [m, width] -> tiles [token tile][column block][TOKENS rows of 128 bytes, 16-byte pieces xor-ed with the row].
 extern "C" __global__ void arrange(const element* __restrict__ x, element* __restrict__ tiles, long long x_stride, int m,
                                    int width, int blocks) {
+    asm volatile("griddepcontrol.launch_dependents;");  // those wait until this kernel has ended
     const int c = threadIdx.x, first = blockIdx.x * kStepColumns;  // a block: 128 columns of 8 rows of a token tile
     __shared__ element rows[8][kStepColumns];
 #pragma unroll
@@ -87,9 +91,9 @@ __device__ inline void multiply(float (&c)[kAtom / 2], const unsigned* a, unsign
 #else
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE
                  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "
-                 "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, "
-                 "%61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+                 "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
+                 "%59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
                  : C32(0), C32(32)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #endif
@@ -110,11 +114,10 @@ __device__ inline void hold(unsigned (&left)[4][4]) {
 }
 
 struct Matrix {
-    const uint4* values;
-    const scale_type* scales;
-    const scale_type* zeros;
-    int row[2];
-    int width, end, groups, group_shift;  // end: of this block's columns
+    const uint4* values[2];  // of a thread's rows, from its first column
+    const scale_type* scales[2];
+    const scale_type* zeros[2];
+    int column, end, group_shift;  // its first column, and where this block's columns end
 };
 
 // 128 columns of two rows, as loaded.
@@ -134,19 +137,18 @@ __device__ inline uint4 stream(const uint4* p) {  // read once by this processor
     return v;
 }
 
-__device__ inline void load(Packed& w, const Matrix& a, int k) {
+__device__ inline void load(Packed& w, const Matrix& a, unsigned k) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-        const int kk = k + kStepColumns / kLoads * i + kThreadColumns * (int(threadIdx.x) % 4);
+        const int kk = k + kStepColumns / kLoads * i + a.column;
         const bool inside = kk < a.end;
         const int group = inside ? kk >> a.group_shift : 0;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            w.at[h][i] = inside ? stream(a.values + ((long long)a.row[h] * a.width + kk) / kThreadColumns)
-                                : make_uint4(0, 0, 0, 0);
-            w.scale[h][i] = __ldg(a.scales + (long long)a.row[h] * a.groups + group);
+            w.at[h][i] = inside ? stream(a.values[h] + (k / kThreadColumns + 4 * i)) : make_uint4(0, 0, 0, 0);
+            w.scale[h][i] = __ldg(a.scales[h] + group);
 #if ZEROS
-            w.zero[h][i] = __ldg(a.zeros + (long long)a.row[h] * a.groups + group);
+            w.zero[h][i] = __ldg(a.zeros[h] + group);
 #endif
         }
     }
@@ -169,23 +171,24 @@ __device__ inline float2 widen_pair(unsigned pair) {
 #endif
 }
 
-// The left operands of the four products of column block `half` of a step.
-__device__ inline void unpack_block(unsigned (&left)[4][4], const Packed& w, int half) {
+// The left operands of products 2 * part and 2 * part + 1 of column block `half` of a step.
+__device__ inline void unpack_part(unsigned (&left)[4][4], const Packed& w, int half, int part) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int i = BITS == 4 ? 0 : half;
         const unsigned words[4] = {w.at[h][i].x, w.at[h][i].y, w.at[h][i].z, w.at[h][i].w};
         const float scale = widen(w.scale[h][i]);
-        unsigned pairs[8];
+        unsigned pairs[4];
 #pragma unroll
-        for (int j = 0; j < 8 / kPairs; ++j) {
+        for (int j = 0; j < 4 / kPairs; ++j) {
             unsigned some[kPairs];
-            unpack(some, BITS == 4 ? words[2 * half + j] : words[j]);
+            unpack(some, words[BITS == 4 ? 2 * half + part : 2 * part + j]);
 #pragma unroll
             for (int q = 0; q < kPairs; ++q) pairs[kPairs * j + q] = some[q];
         }
 #pragma unroll
-        for (int q = 0; q < 8; ++q) {
+        for (int q = 0; q < 4; ++q) {
+            unsigned& to = left[2 * part + q / 2][q % 2 * 2 + h];
             if (kExact) {
 #if ZEROS
                 const float zero = widen(w.zero[h][i]) - kCentre;
@@ -193,23 +196,34 @@ __device__ inline void unpack_block(unsigned (&left)[4][4], const Packed& w, int
                 const float zero = 0.0f;
 #endif
                 const float2 v = widen_pair(pairs[q]);
-                left[q / 2][q % 2 * 2 + h] = pair_of((v.x - zero) * scale, (v.y - zero) * scale);
+                to = pair_of((v.x - zero) * scale, (v.y - zero) * scale);
             } else {
-                left[q / 2][q % 2 * 2 + h] = fma2(pairs[q], pair_of(scale, scale), both(0x8000));
+                to = fma2(pairs[q], pair_of(scale, scale), both(0x8000));
             }
         }
     }
 }
 
+// Consecutive blocks of columns of one tile, that a block of threads multiplies. No count: there are none left.
+struct Segment {
+    int tile, first, count;
+};
+
+// The i-th of this block's segments: whole tiles, then a part of one.
+__device__ inline Segment segment(int i, int blocks, int whole, int share, int tail) {
+    const int tile = blockIdx.x + i * gridDim.x, part = tile - whole;
+    if (tile < whole) return {tile, 0, blocks};
+    if (part >= int(gridDim.x) || part * share >= tail * blocks) return {};
+    return {whole + part * share / blocks, part * share % blocks, share};
+}
+
 extern "C" __global__ void __launch_bounds__(384, 1)
     linear_sm90(const element* __restrict__ tiles, const uint4* __restrict__ values, const scale_type* __restrict__ scales,
                 const scale_type* __restrict__ zeros, element* __restrict__ out, float* __restrict__ parts, int m, int rows,
-                int width, int groups, int group_shift, int blocks, int token_tiles) {
-    extern __shared__ __align__(1024) unsigned char shared[];  // STAGES tiles; at the end, the results
+                int width, int groups, int group_shift, int blocks, int token_tiles, int whole, int share, int tail) {
+    extern __shared__ __align__(1024) unsigned char shared[];  // STAGES tiles, then each group's results
     __shared__ unsigned long long full[STAGES], empty[STAGES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int first_row = blockIdx.x / token_tiles * 128, token_tile = blockIdx.x % token_tiles;
-    const int mine = blocks / gridDim.y, first_block = blockIdx.y * mine;  // a multiple of 2 * AHEAD
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
@@ -221,13 +235,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     __syncthreads();
 
     if (warp >= 8) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (warp == 8 && lane == 0) {
-            const unsigned char* source =
-                reinterpret_cast<const unsigned char*>(tiles) + ((long long)token_tile * blocks + first_block) * kTileBytes;
-            for (int k = 0; k < mine; ++k) {
-                const int s = k % STAGES;
-                await(empty + s, (k / STAGES + 1) & 1);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (warp > 8 || lane > 0) return;
+        asm volatile("griddepcontrol.wait;" ::: "memory");  // the tiles are `arrange`'s
+        unsigned at = 0;
+        for (int i = 0;; ++i) {
+            const Segment now = segment(i, blocks, whole, share, tail);
+            if (now.count == 0) return;
+            const unsigned char* source = reinterpret_cast<const unsigned char*>(tiles) +
+                                          ((long long)(now.tile % token_tiles) * blocks + now.first) * kTileBytes;
+            for (int k = 0; k < now.count; ++k, ++at) {
+                const unsigned s = at % STAGES;
+                await(empty + s, (at / STAGES + 1) & 1);
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(full + s)),
                              "n"(kTileBytes)
                              : "memory");
@@ -238,97 +257,121 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     : "memory");
             }
         }
-        return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
 
-    const int local = 16 * warp + lane / 4, first_column = first_block * kBlockColumns;
-    Matrix a{values, scales, zeros, {}, width, min(width, first_column + mine * kBlockColumns), groups, group_shift};
+    const int group = warp / 4, local = 16 * warp + lane / 4;
+    Matrix a;
+    a.column = kThreadColumns * (lane % 4);
+    a.group_shift = group_shift;
+    int column;  // of the weights that are loaded next
+    const auto turn_to = [&](const Segment& next) {
+        column = next.first * kBlockColumns;
+        a.end = min(width, column + next.count * kBlockColumns);  // none left: loads are of zeros
 #pragma unroll
-    for (int h = 0; h < 2; ++h) a.row[h] = min(first_row + local + 8 * h, rows - 1);
-    float c[kAtoms][kAtom / 2];
-#pragma unroll
-    for (int n = 0; n < kAtoms; ++n)
-#pragma unroll
-        for (int i = 0; i < kAtom / 2; ++i) c[n][i] = 0.0f;
+        for (int h = 0; h < 2; ++h) {
+            const long long row = min(next.tile / token_tiles * 128 + local + 8 * h, rows - 1);
+            a.values[h] = values + row * (width / kThreadColumns) + lane % 4;
+            a.scales[h] = scales + row * groups;
+            a.zeros[h] = zeros + row * groups;
+        }
+    };
     Packed packed[AHEAD];
     unsigned left[2][4][4] = {};
+    Segment now = segment(0, blocks, whole, share, tail);
+    turn_to(now);
 #pragma unroll
-    for (int d = 0; d < AHEAD; ++d) load(packed[d], a, first_column + d * kStepColumns);
-    unpack_block(left[0], packed[0], 0);
-    hold(c);
-    for (int k = 0; k < mine; k += 2 * AHEAD) {
-#pragma unroll
-        for (int d = 0; d < AHEAD; ++d) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int at = k + 2 * d + half, s = at % STAGES;
-                await(full + s, at / STAGES & 1);
-                hold(left[half]);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                const unsigned long long right = descriptor(shared + s * kTileBytes);
-#pragma unroll
-                for (int q = 0; q < 4; ++q)
-#pragma unroll
-                    for (int n = 0; n < kAtoms; ++n)  // 32 bytes of columns, kAtom rows of 128 bytes
-                        multiply(c[n], left[half][q], right + 2 * q + n * (kAtom * 128 / 16));
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                hold(left[1 - half]);
-                if (at > 0 && lane == 0) arrive(empty + (at - 1) % STAGES);
-                if (half == 0) {
-                    unpack_block(left[1], packed[d], 1);
-                    load(packed[d], a, first_column + (k + 2 * (d + AHEAD)) * kBlockColumns);
-                } else {
-                    unpack_block(left[0], packed[(d + 1) % AHEAD], 0);
-                }
-            }
-        }
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    hold(left[1]);
-    hold(c);
-
-    if (gridDim.y > 1) {
+    for (int d = 0; d < AHEAD; ++d, column += kStepColumns) load(packed[d], a, column);
+    unpack_part(left[0], packed[0], 0, 0);
+    unpack_part(left[0], packed[0], 0, 1);
+    unsigned at = 0;
+    for (int i = 1; now.count > 0; ++i) {
+        const Segment next = segment(i, blocks, whole, share, tail);
+        float c[kAtoms][kAtom / 2];
 #pragma unroll
         for (int n = 0; n < kAtoms; ++n)
 #pragma unroll
-            for (int i = 0; i < kAtom / 2; ++i) {
-                const int token = token_tile * TOKENS + n * kAtom + i / 4 * 8 + lane % 4 * 2 + i % 2;
-                const int row = first_row + local + i % 4 / 2 * 8;
-                if (token < m && row < rows) parts[((long long)blockIdx.y * m + token) * rows + row] = c[n][i];
+            for (int j = 0; j < kAtom / 2; ++j) c[n][j] = 0.0f;
+        hold(c);
+        for (int k = 0; k < now.count; k += 2 * AHEAD) {
+            if (k + 2 * AHEAD >= now.count) turn_to(next);
+#pragma unroll
+            for (int d = 0; d < AHEAD; ++d) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half, ++at) {
+                    const unsigned s = at % STAGES;
+                    const Packed& after = packed[half == 0 ? d : (d + 1) % AHEAD];
+                    await(full + s, at / STAGES & 1);
+                    hold(left[half]);
+                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                    const unsigned long long right = descriptor(shared + s * kTileBytes);
+#pragma unroll
+                    for (int q = 0; q < 4; ++q)
+#pragma unroll
+                        for (int n = 0; n < kAtoms; ++n)  // 32 bytes of columns, kAtom rows of 128 bytes
+                            multiply(c[n], left[half][q], right + 2 * q + n * (kAtom * 128 / 16));
+                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    hold(left[1 - half]);
+                    if (k + 2 * d + half > 0 && lane == 0) arrive(empty + (at - 1) % STAGES);
+                    unpack_part(left[1 - half], after, 1 - half, 0);
+                    unpack_part(left[1 - half], after, 1 - half, 1);
+                    if (half == 0) {
+                        load(packed[d], a, column);
+                        column += kStepColumns;
+                    }
+                }
             }
-        return;
-    }
-    constexpr int kPitch = 128 + 8;  // elements between tokens: rows of results, turned through shared memory
-    element* turned = reinterpret_cast<element*>(shared);
-#pragma unroll
-    for (int part = 0; part < kAtoms; ++part) {
-        asm volatile("bar.sync 1, 256;" ::: "memory");  // every tile has been read
-#pragma unroll
-        for (int i = 0; i < kAtom / 2; ++i) {
-            const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = local + i % 4 / 2 * 8;
-            turned[token * kPitch + row] = narrow(c[part][i]);
         }
-        asm volatile("bar.sync 1, 256;" ::: "memory");
-        for (int j = threadIdx.x; j < kAtom * 16; j += 256) {
-            const int token = token_tile * TOKENS + part * kAtom + j / 16, row = first_row + j % 16 * 8;
-            if (token >= m || row >= rows) continue;
-            const element* from = turned + j / 16 * kPitch + j % 16 * 8;
-            element* to = out + (long long)token * rows + row;
-            if (rows % 8 == 0)
-                *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-            else
-                for (int i = 0; i < 8 && row + i < rows; ++i) to[i] = from[i];
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        hold(left[1]);
+        hold(c);
+        if (lane == 0) arrive(empty + (at - 1) % STAGES);
+
+        if (now.tile >= whole) {
+            float* to = parts + (long long)blockIdx.x * (TOKENS * 128);
+#pragma unroll
+            for (int n = 0; n < kAtoms; ++n)
+#pragma unroll
+                for (int j = 0; j < kAtom / 2; ++j)
+                    to[(n * kAtom + j / 4 * 8 + lane % 4 * 2 + j % 2) * 128 + local + j % 4 / 2 * 8] = c[n][j];
+        } else {
+            element* turned = reinterpret_cast<element*>(shared + STAGES * kTileBytes) + group * (kAtom * kPitch);
+            const int first_row = now.tile / token_tiles * 128 + group * 64, thread = threadIdx.x % 128;
+#pragma unroll
+            for (int n = 0; n < kAtoms; ++n) {
+                asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");  // the results before these are read
+#pragma unroll
+                for (int j = 0; j < kAtom / 2; ++j) {
+                    const int token = j / 4 * 8 + lane % 4 * 2 + j % 2, row = local % 64 + j % 4 / 2 * 8;
+                    turned[token * kPitch + row] = narrow(c[n][j]);
+                }
+                asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+                for (int j = thread; j < kAtom * 8; j += 128) {
+                    const int token = now.tile % token_tiles * TOKENS + n * kAtom + j / 8, row = first_row + j % 8 * 8;
+                    if (token >= m || row >= rows) continue;
+                    const element* from = turned + j / 8 * kPitch + j % 8 * 8;
+                    element* to = out + (long long)token * rows + row;
+                    if (rows % 8 == 0)
+                        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+                    else
+                        for (int e = 0; e < 8 && row + e < rows; ++e) to[e] = from[e];
+                }
+            }
         }
+        now = next;
     }
 }
 
-// parts [count][elements] -> out [elements]: their sum, in order.
-extern "C" __global__ void join(const float* __restrict__ parts, element* __restrict__ out, long long elements, int count) {
-    const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= elements) return;
+// parts [tail][parts_a_tile][TOKENS][128] -> out, the tiles from `whole` on: their sums, in order. A block: 128 rows.
+extern "C" __global__ void join(const float* __restrict__ parts, element* __restrict__ out, int m, int rows,
+                                int token_tiles, int whole, int parts_a_tile) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const int from_whole = blockIdx.x / TOKENS, tile = whole + from_whole, place = blockIdx.x % TOKENS;
+    const int token = tile % token_tiles * TOKENS + place, row = tile / token_tiles * 128 + threadIdx.x;
+    if (token >= m || row >= rows) return;
+    const float* from = parts + ((long long)from_whole * parts_a_tile * TOKENS + place) * 128 + threadIdx.x;
     float total = 0.0f;
-    for (int i = 0; i < count; ++i) total += parts[i * elements + at];
-    out[at] = narrow(total);
+    for (int i = 0; i < parts_a_tile; ++i) total += from[(long long)i * (TOKENS * 128)];
+    out[(long long)token * rows + row] = narrow(total);
 }

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 HALVES = [torch.bfloat16, torch.float16]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 if torch.cuda.is_available():
-    from mhaffn.kernels import nvrtc, nvrtc_quantized, quantized
+    from mhaffn.kernels import nvrtc, nvrtc_quantized, quantized, tiles
 
 FORMATS = [
     ("int4", 32, False),
@@ -33,6 +33,7 @@ SM90_TILES = [
     {"TOKENS": 64, "STAGES": 8, "AHEAD": 4},
     {"TOKENS": 128, "STAGES": 8, "AHEAD": 4},
     {"TOKENS": 256, "STAGES": 4, "AHEAD": 2},
+    {"TOKENS": 256, "STAGES": 4, "AHEAD": 1},
 ]
 
 
@@ -87,6 +88,16 @@ def weight(format, rows, width, group, zeros, scale_dtype=torch.bfloat16):
     )
 
 
+def divisions(m, rows, width, tile):
+    """The one chosen, all tiles whole, and every number of parts that may be."""
+    ahead, processors = tile["AHEAD"], tiles.gpu(torch.cuda.current_device()).processors
+    steps = -(-width // (128 * ahead)) * ahead
+    count = -(-rows // 128) * -(-m // tile["TOKENS"])
+    tail = count % processors
+    parts = [p for p in range(1, steps + 1) if steps % (p * ahead) == 0 and 0 < tail * p <= processors]
+    return [None, (count, 1), *((count - tail, p) for p in parts)]
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("format", "group", "zeros"), FORMATS, ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1536, 576), (70, 1536), (520, 8192)], ids=str)
@@ -100,9 +111,10 @@ def test_products(implementation, rows, width, format, group, zeros, dtype):
         pytest.skip("for sm_90, through CuPy")
     a, b = (weight(format, rows, width, group, zeros) for _ in range(2))
     if implementation == "sm90":
-        for m, number, parts in ((63, 0, 1), (17, 0, 2), (100, 0, 3), (128, 1, 4), (300, 2, 1)):
+        for m, number in ((63, 0), (17, 0), (128, 1), (300, 2), (257, 3)):
             x, tile = randn(m, width, dtype), SM90_TILES[number]
-            check(lambda x=x, t=tile, p=parts: nvrtc_quantized.many_rows(x, a, t, p), x, [a], product)
+            for cut in divisions(m, rows, width, tile):
+                check(lambda x=x, t=tile, c=cut: nvrtc_quantized.many_rows(x, a, t, c), x, [a], product)
         return
     run = quantized.linear if implementation == "triton" else nvrtc_quantized.few_rows
     for m in (1, 7, 16) if implementation == "cuda" else (1, 16, 100):
@@ -119,10 +131,12 @@ def test_many_rows_do_not_differ_from_run_to_run(dtype, format):
     if not (HOPPER and nvrtc.available()):
         pytest.skip("for sm_90, through CuPy")
     a = weight(format, 28672, 4096, 128 if format == "int4" else 0, False)
-    for m, tile, parts in ((64, SM90_TILES[0], 2), (128, SM90_TILES[1], 1), (600, SM90_TILES[2], 1)):
-        x = randn(m, 4096, dtype)
-        first = nvrtc_quantized.many_rows(x, a, tile, parts)
-        assert all(torch.equal(first, nvrtc_quantized.many_rows(x, a, tile, parts)) for _ in range(20))
+    for m, number in ((64, 0), (128, 1), (600, 2), (600, 3)):
+        x, tile = randn(m, 4096, dtype), SM90_TILES[number]
+        for cut in divisions(m, 28672, 4096, tile):
+            first = nvrtc_quantized.many_rows(x, a, tile, cut)
+            assert relative_error(first, x @ dequantize(a, dtype).T) < 1e-2
+            assert all(torch.equal(first, nvrtc_quantized.many_rows(x, a, tile, cut)) for _ in range(20))
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])

@@ -41,10 +41,23 @@ def test_an_error_of_the_driver_is_told(monkeypatch):
         nvrtc_quantized.Kernel(1, "i", 32)((1, 1), 0, 5)
 
 
-@pytest.mark.parametrize(("blocks", "steps", "expected"), [(64, 224, 2), (224, 64, 1), (8, 64, 4), (8, 4, 1)])
-def test_columns_are_cut_where_rows_do_not_fill_the_processors(blocks, steps, expected):
-    """[8192, 28672], [28672, 8192], [1024, 8192] and [1024, 512] on 132 processors."""
-    assert nvrtc_quantized.column_parts(blocks, steps, 4, 132) == expected
+@pytest.mark.parametrize(
+    ("count", "steps", "expected"),
+    [
+        (64, 224, (0, 2)),
+        (224, 64, (224, 1)),
+        (8, 64, (0, 8)),
+        (8, 4, (8, 1)),
+        (448, 64, (396, 2)),
+        (1344, 64, (1320, 4)),
+        (1792, 64, (1792, 1)),
+        (132, 64, (132, 1)),
+    ],
+)
+def test_tiles_that_do_not_fill_the_last_round_are_cut(count, steps, expected):
+    """Of [8192, 28672], [28672, 8192], [1024, 8192], [1024, 512] past 64 tokens, then of 512 to 2048, on 132."""
+    whole, parts = nvrtc_quantized.division(count, steps, 4, 132)
+    assert (whole, parts) == expected
 
 
 def test_chunks_of_dequantised_rows_are_round(monkeypatch):
