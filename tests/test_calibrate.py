@@ -43,12 +43,14 @@ def hooked(folder: Path, ids: torch.Tensor, window: int) -> dict[str, torch.Tens
 
 @pytest.mark.parametrize("options", [{}, {"rope_parameters": LLAMA3}, {"kind": "mistral"}, {"num_key_value_heads": 9}])
 @pytest.mark.parametrize("tokens", [40, 3 * WINDOW // 2])
-def test_they_are_what_hooks_on_transformers_see(tokens: int, options: dict[str, object], tiny_model: Model) -> None:
+def test_they_are_what_hooks_on_transformers_see(
+    tokens: int, options: dict[str, object], tiny_model: Model, device: str
+) -> None:
     folder = tiny_model(**options | {"max_position_embeddings": 1024})
     ids = torch.randint(3, 211, (tokens,), generator=torch.Generator().manual_seed(1))
     calls: list[tuple[int, int]] = []
     got = mean_squares(
-        open_source(folder), AutoConfig.from_pretrained(folder), ids, torch.device("cpu"),
+        open_source(folder), AutoConfig.from_pretrained(folder), ids, torch.device(device),
         lambda done, total: calls.append((done, total)),
     )  # fmt: skip
     expected = hooked(folder, ids, min(tokens, WINDOW))
@@ -62,7 +64,7 @@ def test_they_are_what_hooks_on_transformers_see(tokens: int, options: dict[str,
     assert got.keys() == expected.keys() == matrices
     for name, squares in got.items():
         assert squares.dtype == torch.float32
-        torch.testing.assert_close(squares.double(), expected[name], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(squares.cpu().double(), expected[name], rtol=1e-3, atol=1e-7)
     assert calls == [(n, store.config.num_layers) for n in range(store.config.num_layers + 1)]
 
 
