@@ -196,11 +196,17 @@ def test_memory_that_runs_out_is_a_clear_error(tiny_model: Model) -> None:
         {"do_sample": False, "prompt_lookup_num_tokens": 3},
         {"do_sample": True, "temperature": 0.8, "top_k": 20},
         pytest.param({"do_sample": False, "cache_implementation": "offloaded"}, marks=pytest.mark.gpu),
-        pytest.param({"do_sample": False, "cache_implementation": "offloaded_static"}, marks=pytest.mark.gpu),
+        # transformers compiles its own model for this cache, which crashes PyTorch 2.11
+        pytest.param(
+            {"do_sample": False, "cache_implementation": "offloaded_static", "disable_compile": True},
+            marks=pytest.mark.gpu,
+        ),
     ],
     ids=lambda options: ",".join(map(str, options.items())),
 )
 def test_generate_gives_the_tokens_of_transformers(options: dict[str, Any], tiny_model: Model, device: str) -> None:
+    if device == "cpu" and "offloaded" in options.get("cache_implementation", ""):
+        pytest.skip("caches are offloaded from a GPU")
     folder = tiny_model()
     ids = prompt(1, 9).to(device)
     reference = open_reference(folder, device)

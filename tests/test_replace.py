@@ -300,7 +300,8 @@ def test_autocast_is_left_to_transformers(device: str) -> None:
             assert (got - truth)[mask.bool()].norm() <= 2 * (expected - truth)[mask.bool()].norm()
         for name in ("mlp", "input_layernorm"):
             ours, theirs = (getattr(m.model.layers[0], name)(x) for m in (other, model))
-            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs)  # cuBLAS may choose by where weights lie
 
 
 @torch.no_grad()

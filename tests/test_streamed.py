@@ -181,7 +181,8 @@ def test_weights_in_few_bits(format: str, tiny_model: Model, tmp_path: Path, dev
     mhaffn.replace(model, store=tmp_path / "store", device=device, gpu=None, dram=None)
     with mhaffn.load(tmp_path / "store", device=device, gpu=None, dram=None) as loaded:
         ids = IDS.to(device)
-        assert torch.equal(model(ids).logits, loaded(ids).logits)
+        difference = (model(ids).logits - loaded(ids).logits).abs().max()
+        assert difference <= (0 if device == "cpu" else 1e-4)  # the last norm is transformers' here
 
 
 def test_the_report_and_restore(tiny_model: Model, device: str) -> None:
@@ -283,7 +284,7 @@ def test_what_it_refuses(tiny_model: Model, device: str) -> None:
     nothing_changed(resident(folder, "cpu"), "without weights")
     nothing_changed(empty(other), "intermediate_size of 96, not 112")
     nothing_changed(empty(rope), "rope_parameters")
-    nothing_changed(empty(folder), "1.00 KiB is too small", mhaffn.errors.BudgetError, dram="1KiB")
+    nothing_changed(empty(folder), "1.00 KiB is too small", mhaffn.errors.BudgetError, gpu=None, dram="1KiB")
     nothing_changed(empty(folder), "batch", batch=0)
     nothing_changed(empty(folder), "without store", store=None)
     nothing_changed(torch.nn.Linear(2, 2), "expected a Llama", UnsupportedModelError)
