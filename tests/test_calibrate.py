@@ -64,9 +64,10 @@ def test_they_are_what_hooks_on_transformers_see(
     assert got.keys() == expected.keys() == matrices
     for name, squares in got.items():
         assert squares.dtype == torch.float32
-        torch.testing.assert_close(
-            squares.cpu().double(), expected[name], rtol=1e-3 if device == "cpu" else 3e-2, atol=1e-7
-        )
+        if device == "cpu":
+            torch.testing.assert_close(squares.double(), expected[name], rtol=1e-3, atol=1e-7)
+        else:  # in bfloat16
+            assert (squares - expected[name]).norm() < 2e-2 * expected[name].norm()
     assert calls == [(n, store.config.num_layers) for n in range(store.config.num_layers + 1)]
 
 
