@@ -18,6 +18,8 @@ soon: a kernel writes only after its own wait, and that waits for the whole chai
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import tiles
+from .launch import Jit
 from .prefetch import prefetch_rows, rows_aligned
 
 LOG2E = 1.4426950408889634
@@ -159,10 +162,24 @@ def combine_kernel(
     tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=dim < K)
 
 
+_split, _combine = Jit(split_kernel), Jit(combine_kernel)
+
+
+@lru_cache(256)
+def _blocks(
+    machine: tiles.Machine, heads: int, rows: int, dim: int, s: int, element: int
+) -> tuple[int, int, tiles.Tile]:
+    """(BLOCK_K, BLOCK_M, tile from the table)."""
+    block_k = max(16, triton.next_power_of_2(dim))  # tl.dot needs 16
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    sizes = {"element": element, "dim": block_k, "rows": block_m, "keys": s, "programs": heads}
+    return block_k, block_m, tiles.tile("attention_decode", machine.arch, **sizes)
+
+
 def split_count(programs: int, keys: int, block_n: int, processors: int, waves: int) -> int:
     """Splits of the keys that fill the processors ``waves`` times, none shorter than a tile."""
     wanted = max(1, processors * waves // max(1, programs))
-    return max(1, min(wanted, triton.cdiv(keys, block_n), 128))
+    return max(1, min(wanted, -(-keys // block_n), 128))
 
 
 def attention_decode(
@@ -186,12 +203,9 @@ def attention_decode(
     machine = tiles.machine(q.device)
     group = hq // h
     rows = t * group
-    block_k = max(16, triton.next_power_of_2(dim))  # tl.dot needs 16
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
-    row_tiles = triton.cdiv(rows, block_m)
-    if tile is None:
-        sizes = {"element": q.element_size(), "dim": block_k, "rows": block_m, "keys": s, "programs": b * h}
-        tile = tiles.tile("attention_decode", machine.arch, **sizes)
+    block_k, block_m, found = _blocks(machine, b * h, rows, dim, s, q.element_size())
+    tile = found if tile is None else tile
+    row_tiles = -(-rows // block_m)
     splits = split_count(b * h * row_tiles, s, tile["BLOCK_N"], machine.processors, tile["WAVES"])
     partial, lse = out, out
     if splits > 1:
@@ -200,19 +214,22 @@ def attention_decode(
     ahead = tile.get("AHEAD", 0) if machine.overlap and rows_aligned(k) and rows_aligned(v) else 0
     wide_mask = None if mask is None else mask.expand(b, hq, t, s)
     extra = {"launch_pdl": True} if machine.overlap else {}
-    split_kernel[(splits, row_tiles, b * h)](
-        q, k, v, wide_mask if wide_mask is None else wide_mask.view(torch.uint8), kv_lens, partial, lse,
-        scale * LOG2E, t, s, h, group, rows, splits,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *(wide_mask.stride() if wide_mask is not None else (0, 0, 0, 0)), *out.stride()[:3],
+    _split(
+        (splits, row_tiles, b * h),
+        (q, k, v, wide_mask if wide_mask is None else wide_mask.view(torch.uint8), kv_lens, partial, lse),
+        (scale * LOG2E,),
+        (
+            t, s, h, group, rows, splits, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *(wide_mask.stride() if wide_mask is not None else (0, 0, 0, 0)), *out.stride()[:3],
+        ),
         K=dim, BLOCK_K=block_k, BLOCK_M=block_m, BLOCK_N=tile["BLOCK_N"],
         CAUSAL=causal and t > 1, HAS_LENS=kv_lens is not None, HAS_MASK=mask is not None, SPLIT=splits > 1,
         OVERLAP=machine.overlap, STAGES=tile["STAGES"], AHEAD=ahead, START=bool(tile.get("START", 0)),
         num_warps=tile["WARPS"], **extra,
     )  # fmt: skip
     if splits > 1:
-        combine_kernel[(rows, b * h)](
-            partial, lse, out, h, group, rows, splits, *out.stride()[:3],
+        _combine(
+            (rows, b * h, 1), (partial, lse, out), (), (h, group, rows, splits, *out.stride()[:3]),
             K=dim, BLOCK_K=block_k, BLOCK_SPLITS=triton.next_power_of_2(splits), OVERLAP=machine.overlap,
             num_warps=tile.get("COMBINE_WARPS", 2), **extra,
         )  # fmt: skip

@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
+from .launch import Jit
 
 FEW_ROWS_MAX = 64
 
@@ -100,6 +101,9 @@ def silu_mul_kernel(p_gate, p_up, n, BLOCK: tl.constexpr):
     tl.store(p_gate + o, (gate / (1.0 + tl.exp(-gate)) * up).to(p_gate.dtype.element_ty), mask=o < n)
 
 
+_few_rows = Jit(few_rows_kernel)
+
+
 def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = None) -> Tensor:
     """x [M, D] with M up to 64, a (and b) [ROWS, D] -> ``x aᵀ``, or ``silu(x aᵀ) * (x bᵀ)``, [M, ROWS]."""
     m, width = x.shape
@@ -113,8 +117,9 @@ def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = N
         per_processor = rows // machine.processors
         tile = tiles.tile(kernel, machine.arch, element=x.element_size(), rows=block_m, per_processor=per_processor)
     out = torch.empty((m, rows), dtype=x.dtype, device=x.device)
-    few_rows_kernel[(triton.cdiv(rows, tile["BLOCK_R"]),)](
-        x, a, a if b is None else b, out, m, rows, width, x.stride(0),
+    _few_rows(
+        (triton.cdiv(rows, tile["BLOCK_R"]), 1, 1), (x, a, a if b is None else b, out), (),
+        (m, rows, width, x.stride(0)),
         BLOCK_M=block_m, BLOCK_R=tile["BLOCK_R"], BLOCK_D=tile["BLOCK_D"], GATED=b is not None,
         EVEN=width % tile["BLOCK_D"] == 0, STAGES=tile["STAGES"], OVERLAP=machine.overlap,
         num_warps=tile["WARPS"], **({"launch_pdl": True} if machine.overlap else {}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
+from .launch import Function, stream_of
 
 SOURCES = Path(__file__).parent / "cuda"
 FEW_ROWS_MAX = 16
@@ -52,19 +52,10 @@ def _function(name: str, source: str, defines: tuple[str, ...], device_index: in
 
 
 @cache
-def _int32() -> Any:
-    import numpy
-
-    return numpy.int32
-
-
-@cache
-def _stream(pointer: int, device_index: int) -> Any:
-    import cupy
-
-    with warnings.catch_warnings():  # CuPy 14 prefers Stream.from_external, which older ones lack
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return cupy.cuda.ExternalStream(pointer, device_index)
+def _few_rows_kernel(half: bool, gated: bool, columns: int, tile: tuple[tuple[str, int], ...], index: int) -> Function:
+    sizes = dict(tile)
+    function = _function("ffn_few_rows", "ffn_few_rows.cu", few_rows_defines(half, gated, columns, sizes), index)
+    return Function(function.kernel.ptr, "PPPPqiii", 32 * sizes["WARPS"])
 
 
 def chosen(x: Tensor, a: Tensor, gated: bool) -> bool:
@@ -72,14 +63,13 @@ def chosen(x: Tensor, a: Tensor, gated: bool) -> bool:
     m, width = x.shape
     if m > FEW_ROWS_MAX or width % 8 or x.stride(0) % 8 or x.data_ptr() % 16 or x.dtype == torch.float32:
         return False
-    return bool(_tile(x, a, gated)["DEFAULT"]) and available()
+    return bool(_tile(tiles.machine(x.device), 1 if m <= 8 else 2, a.shape[0], gated)["DEFAULT"]) and available()
 
 
-def _tile(x: Tensor, a: Tensor, gated: bool) -> tiles.Tile:
-    machine = tiles.machine(x.device)
+@cache
+def _tile(machine: tiles.Machine, columns: int, rows: int, gated: bool) -> tiles.Tile:
     kernel = "few_rows_cuda_gated" if gated else "few_rows_cuda"
-    columns = 1 if x.shape[0] <= 8 else 2
-    return tiles.tile(kernel, machine.arch, columns=columns, per_processor=a.shape[0] // machine.processors)
+    return tiles.tile(kernel, machine.arch, columns=columns, per_processor=rows // machine.processors)
 
 
 def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = None) -> Tensor:
@@ -92,17 +82,14 @@ def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = N
     if m > FEW_ROWS_MAX or width % 8 or a.shape != (rows, width) or (b is not None and b.shape != a.shape):
         raise ValueError(f"few_rows: got x {tuple(x.shape)}, a {tuple(a.shape)}; M is at most 16, D a multiple of 8")
     index = torch.cuda.current_device() if x.device.index is None else x.device.index
-    tile = _tile(x, a, b is not None) if tile is None else tile
-    defines = few_rows_defines(x.dtype == torch.float16, b is not None, 1 if m <= 8 else 2, tile)
-    function = _function("ffn_few_rows", "ffn_few_rows.cu", defines, index)
+    columns = 1 if m <= 8 else 2
+    tile = _tile(tiles.gpu(index), columns, rows, b is not None) if tile is None else tile
+    kernel = _few_rows_kernel(x.dtype == torch.float16, b is not None, columns, tuple(tile.items()), index)
     out = torch.empty((m, rows), dtype=x.dtype, device=x.device)
-    int32 = _int32()
-    second = a if b is None else b
-    arguments = (
-        x.data_ptr(), a.data_ptr(), second.data_ptr(), out.data_ptr(), x.stride(0), int32(m), int32(rows), int32(width),
+    kernel(
+        (-(-rows // (16 * tile["TILES"])), 1), stream_of(index), x.data_ptr(), a.data_ptr(),
+        a.data_ptr() if b is None else b.data_ptr(), out.data_ptr(), x.stride(0), m, rows, width,
     )  # fmt: skip
-    with _stream(torch.cuda.current_stream(index).cuda_stream, index):
-        function((-(-rows // (16 * tile["TILES"])),), (32 * tile["WARPS"],), arguments)
     return out
 
 

@@ -6,9 +6,7 @@ Launches may overlap (programmatic dependent launch), which CuPy's own launches 
 from __future__ import annotations
 
 import ctypes
-import struct
 import sys
-import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,69 +17,14 @@ from torch import Tensor
 
 from ..quantized import Quantized
 from . import nvrtc, tiles
+from .launch import Function, driver, stream_of
 
 SOURCE = "linear_few_rows.cu"
 ROWS_MAX = 16
 SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 FEW_ROWS_ARGUMENTS = "PPPPPPPPqiiiii"
 WHOLE_ROW = 31
 """The shift that makes every column of a row its group 0."""
-
-
-class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
-
-
-class _Configuration(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("attribute_count", ctypes.c_uint),
-    ]
-
-
-_OVERLAPPING = _Attribute(OVERLAP, 0, (ctypes.c_int * 16)(1))
-
-
-@cache
-def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-@cache
-def _launch() -> Any:
-    return _driver().cuLaunchKernelEx
-
-
-class Kernel(threading.local):
-    """A CUDA function and the memory that its launches are described in, so that one costs the host a few µs.
-
-    ``arguments`` are :mod:`struct` codes: ``P`` a pointer, ``q`` 64 bits, ``i`` 32 bits. With ``overlap`` the kernel
-    itself waits for the one before it. The driver copies what it is given; each thread has memory of its own.
-    """
-
-    def __init__(self, function: int, arguments: str, threads: int, shared: int = 0, overlap: bool = False) -> None:
-        code = struct.Struct(f"@{arguments}")
-        memory = ctypes.create_string_buffer(code.size)
-        ends = [struct.calcsize(f"@{arguments[: i + 1]}") for i in range(len(arguments))]
-        starts = [end - struct.calcsize(kind) for end, kind in zip(ends, arguments, strict=True)]
-        self.pack, self.memory = code.pack_into, memory
-        self.pointers = (ctypes.c_void_p * len(starts))(*(ctypes.addressof(memory) + start for start in starts))
-        attributes = (ctypes.addressof(_OVERLAPPING), 1) if overlap else (None, 0)
-        self.configuration = _Configuration(0, 0, 1, threads, 1, 1, shared, None, *attributes)
-        self.reference = ctypes.byref(self.configuration)
-        self.function = ctypes.c_void_p(function)
-
-    def __call__(self, grid: tuple[int, int], stream: int, *arguments: int) -> None:
-        self.pack(self.memory, 0, *arguments)
-        configuration = self.configuration
-        configuration.grid_x, configuration.grid_y = grid
-        configuration.stream = stream
-        status = _launch()(self.reference, self.function, self.pointers, None)
-        if status:
-            raise RuntimeError(f"cuLaunchKernelEx: got CUDA error {status}, expected 0")
 
 
 def _parts(weight: Quantized) -> tuple[int, int, int]:
@@ -142,16 +85,16 @@ def _table_tile(machine: tiles.Machine, bits: int, columns: int, rows: int, gate
 
 
 @cache
-def _few_rows_kernel(options: tuple[str, ...], threads: int, index: int) -> Kernel:
+def _few_rows_kernel(options: tuple[str, ...], threads: int, index: int) -> Function:
     function = nvrtc._function("linear_few_rows", SOURCE, (*options, f"-I{nvrtc.SOURCES}"), index)
-    return Kernel(function.kernel.ptr, FEW_ROWS_ARGUMENTS, threads, overlap=tiles.gpu(index).overlap)
+    return Function(function.kernel.ptr, FEW_ROWS_ARGUMENTS, threads, overlap=tiles.gpu(index).overlap)
 
 
 @cache
 def _few_rows_choice(
     dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, gated: bool, columns: int, count: int, rows: int,
     index: int,
-) -> tuple[Kernel, int]:  # fmt: skip
+) -> tuple[Function, int]:  # fmt: skip
     """(kernel, its tiles of 16 rows a block) from the tile table."""
     tile = _table_tile(tiles.gpu(index), 4 if format == "int4" else 8, columns, rows, gated)
     options = defines(dtype, format, scale, zeros, gated, columns, count, tile)
@@ -173,7 +116,7 @@ def few_rows(x: Tensor, a: Quantized, b: Quantized | None, tile: tiles.Tile | No
         kernel, tiles_a_block = _few_rows_kernel(defines(*kind, tile), 32 * tile["WARPS"], index), tile["TILES"]
     out = torch.empty((m, rows), dtype=x.dtype, device=x.device)
     kernel(
-        (-(-rows // (16 * tiles_a_block)), 1), torch.cuda.current_stream(index).cuda_stream, x.data_ptr(), *_parts(a),
+        (-(-rows // (16 * tiles_a_block)), 1), stream_of(index), x.data_ptr(), *_parts(a),
         *_parts(a if b is None else b), out.data_ptr(), x.stride(0), m, rows, width, width // a.group,
         _shift(a, width),
     )  # fmt: skip
@@ -211,9 +154,9 @@ def _include_folders() -> list[str]:
 class _Sm90:
     """The kernels of ``linear_sm90.cu``, and the module that holds them."""
 
-    arrange: Kernel
-    multiply: Kernel
-    join: Kernel
+    arrange: Function
+    multiply: Function
+    join: Function
     module: Any
 
 
@@ -243,13 +186,13 @@ def _sm90(
     with cupy.cuda.Device(index):
         module.load(compiler.getCUBIN(program))
         arrange, multiply, join = (module.get_function(name).ptr for name in ("arrange", "linear_sm90", "join"))
-        status = _driver().cuFuncSetAttribute(ctypes.c_void_p(multiply), 8, shared)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+        status = driver().cuFuncSetAttribute(ctypes.c_void_p(multiply), 8, shared)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
     if status:
         raise RuntimeError(f"cuFuncSetAttribute: got CUDA error {status}, expected 0")
     return _Sm90(
-        Kernel(arrange, "PPqiii", 128),
-        Kernel(multiply, "PPPPPPiiiiiiiiii", 384, shared, overlap=True),
-        Kernel(join, "PPiiiii", 128, overlap=True),
+        Function(arrange, "PPqiii", 128),
+        Function(multiply, "PPPPPPiiiiiiiiii", 384, shared, overlap=True),
+        Function(join, "PPiiiii", 128, overlap=True),
         module,
     )
 
@@ -316,7 +259,7 @@ def _many_rows(x: Tensor, a: Quantized, out: Tensor, tile: tiles.Tile, cut: tupl
     arranged = torch.empty(token_tiles * tokens * columns * 64, dtype=x.dtype, device=x.device)
     sums = torch.empty(tail * parts * tokens * 128, dtype=torch.float32, device=x.device) if tail else None
     sums_at = 0 if sums is None else sums.data_ptr()
-    stream = torch.cuda.current_stream(index).cuda_stream
+    stream = stream_of(index)
     kernels.arrange(
         (columns // 2, token_tiles * tokens // 8), stream, x.data_ptr(), arranged.data_ptr(), x.stride(0), m, width,
         columns,

@@ -10,6 +10,8 @@ Bound by memory: x is read once and the result written once, ``2 * rows * D`` el
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -17,13 +19,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import tiles
+from .launch import Jit
 
 WIDTH_MAX = 32768
 
 
 @triton.jit
 def rms_norm_kernel(
-    p_x, p_residual, p_weight, p_out, p_total, D, x_row, residual_row, eps,
+    p_x, p_residual, p_weight, p_out, p_total, eps, D, x_row, residual_row,
     BLOCK_D: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -44,9 +47,14 @@ def rms_norm_kernel(
     tl.store(p_out + row * D + o_d, b_out.to(b_x.dtype), mask=m_d)
 
 
-def _warps(block: int) -> int:
-    """16 bytes a thread and load, within 1 to 16 warps."""
-    return min(16, max(1, block // 512))
+_kernel = Jit(rms_norm_kernel)
+
+
+@cache
+def _block(width: int) -> tuple[int, int]:
+    """(elements of a program, warps): 16 bytes a thread and load, within 1 to 16 warps."""
+    block = triton.next_power_of_2(width)
+    return block, min(16, max(1, block // 512))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -76,11 +84,11 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
         return out, total
     rows = _rows(x)
     other = rows if residual is None else _rows(residual)
-    block = triton.next_power_of_2(width)
     overlap = tiles.machine(x.device).overlap
-    rms_norm_kernel[(rows.shape[0],)](
-        rows, other, weight, out, total, width, rows.stride(0), other.stride(0), eps,
-        BLOCK_D=block, ADD=residual is not None, OVERLAP=overlap, num_warps=_warps(block),
+    block, warps = _block(width)
+    _kernel(
+        (rows.shape[0], 1, 1), (rows, other, weight, out, total), (eps,), (width, rows.stride(0), other.stride(0)),
+        BLOCK_D=block, ADD=residual is not None, OVERLAP=overlap, num_warps=warps,
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out, total

@@ -11,6 +11,8 @@ in one launch. :func:`rope_write` puts the turned keys, and the values, straight
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import tiles
+from .launch import Jit
 
 PAIRS, HEADS, WARPS = 1024, 8, 4  # pairs a program turns, heads it takes of a token, warps it has
 
@@ -99,6 +102,9 @@ def rope_kernel(
         tl.store(p_v_out + o_place, tl.load(p_v + o_value, mask=m_value), mask=m_value)
 
 
+_kernel = Jit(rope_kernel)
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Returns rotated q and k, contiguous."""
     out_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -127,16 +133,28 @@ def _launch(
         raise ValueError(f"rope: got q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}")
     if b * t == 0:
         return
-    overlap = tiles.machine(q.device).overlap
     values, out_values = (k, out_k) if v is None or out_v is None else (v, out_v)
+    angles = [(x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0, x.stride(-2)) for x in (cos, sin)]
+    grid, options = _sizes(tiles.machine(q.device), b * t, hq, h, dim, v is not None)
+    _kernel(
+        grid, (q, k, values, cos, sin, start, out_q, out_k, out_values), (),
+        (
+            b * t, t, hq, h, *angles[0], *angles[1], *q.stride()[:3], *k.stride()[:3], *values.stride()[:3],
+            *out_k.stride()[:3], *out_values.stride()[:3],
+        ),
+        INTERLEAVED=interleaved, **options,
+    )  # fmt: skip
+
+
+@lru_cache(256)
+def _sizes(
+    machine: tiles.Machine, tokens: int, hq: int, h: int, dim: int, cache: bool
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """(grid, constants and options)."""
     block_half = triton.next_power_of_2(max(1, dim // 2))
     block_h = min(triton.next_power_of_2(max(hq, h)), HEADS)
-    block_t = min(triton.next_power_of_2(b * t), max(1, PAIRS // (block_h * block_half)))
-    parts = triton.cdiv(hq, block_h) + triton.cdiv(h, block_h) * (1 if v is None else 2)
-    angles = [(x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0, x.stride(-2)) for x in (cos, sin)]
-    rope_kernel[(triton.cdiv(b * t, block_t), parts)](
-        q, k, values, cos, sin, start, out_q, out_k, out_values, b * t, t, hq, h, *angles[0], *angles[1],
-        *q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *out_k.stride()[:3], *out_values.stride()[:3],
-        K=dim, BLOCK_HALF=block_half, BLOCK_T=block_t, BLOCK_H=block_h, INTERLEAVED=interleaved,
-        CACHE=v is not None, OVERLAP=overlap, num_warps=WARPS, **({"launch_pdl": True} if overlap else {}),
-    )  # fmt: skip
+    block_t = min(triton.next_power_of_2(tokens), max(1, PAIRS // (block_h * block_half)))
+    parts = triton.cdiv(hq, block_h) + triton.cdiv(h, block_h) * (2 if cache else 1)
+    constants = {"K": dim, "BLOCK_HALF": block_half, "BLOCK_T": block_t, "BLOCK_H": block_h, "CACHE": cache}
+    options = {"OVERLAP": machine.overlap, "num_warps": WARPS, **({"launch_pdl": True} if machine.overlap else {})}
+    return (triton.cdiv(tokens, block_t), parts, 1), constants | options

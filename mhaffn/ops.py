@@ -341,11 +341,23 @@ def _check_quantized(op: str, name: str, weight: Quantized, x: Tensor, width: in
 # host time instead of 13, and a decoded token makes hundreds of calls.
 
 
+def _on_its_gpu(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, on the GPU of its first tensor: a model may lie on several, and launches go to the current one."""
+
+    def guarded(x: Tensor, *arguments: Any) -> Any:
+        if x.device.index == torch.cuda.current_device():
+            return run(x, *arguments)
+        with torch.cuda.device(x.device):
+            return run(x, *arguments)
+
+    return guarded
+
+
 def _register(schema: str, fake: Callable[..., Any]) -> None:
     op = schema.partition("(")[0]
     torch.library.define(f"mhaffn::{op}", schema.removeprefix(op))
     torch.library.impl(f"mhaffn::{op}", "cpu", getattr(library, op))
-    torch.library.impl(f"mhaffn::{op}", "cuda", getattr(select, op))
+    torch.library.impl(f"mhaffn::{op}", "cuda", _on_its_gpu(getattr(select, op)))
     torch.library.register_fake(f"mhaffn::{op}", fake)
 
 

@@ -67,7 +67,7 @@ def test_they_are_what_hooks_on_transformers_see(
         if device == "cpu":
             torch.testing.assert_close(squares.double(), expected[name], rtol=1e-3, atol=1e-7)
         else:  # in bfloat16
-            assert (squares - expected[name]).norm() < 2e-2 * expected[name].norm()
+            assert (squares - expected[name]).norm() < 5e-2 * expected[name].norm()
     assert calls == [(n, store.config.num_layers) for n in range(store.config.num_layers + 1)]
 
 

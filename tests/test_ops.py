@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -463,6 +464,27 @@ def test_import_is_light():
     code = "import sys, mhaffn.ops; print([m for m in ('cupy', 'transformers', 'mhaffn.cli') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch):
+    current = [0]
+
+    class On:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", On)
+    seen = ops._on_its_gpu(lambda x, scale: (current[-1], scale))
+    for index in (0, 1):
+        assert seen(SimpleNamespace(device=torch.device("cuda", index)), 2.0) == (index, 2.0)
+    assert current == [0]
 
 
 @pytest.mark.parametrize(

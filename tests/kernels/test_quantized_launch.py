@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 
@@ -12,33 +10,6 @@ from mhaffn.plan import SCRATCH_BYTES
 from mhaffn.quantized import dequantize
 
 from .weights import random_weight
-
-
-def test_arguments_reach_the_driver_as_the_kernel_declares_them(monkeypatch):
-    seen = {}
-
-    def launch(configuration, function, pointers, extra):
-        kinds = (ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_void_p)
-        seen["arguments"] = [kind.from_address(at).value for kind, at in zip(kinds, pointers, strict=True)]
-        c = configuration._obj
-        seen["grid"] = (c.grid_x, c.grid_y, c.grid_z, c.block_x, c.block_y, c.block_z, c.shared, c.stream)
-        seen["attributes"] = (bool(c.attributes), c.attribute_count)
-        seen["function"], seen["extra"] = function.value, extra
-        return 0
-
-    monkeypatch.setattr(nvrtc_quantized, "_launch", lambda: launch)
-    kernel = nvrtc_quantized.Kernel(0x7F00, "PqiP", threads=96, shared=512, overlap=True)
-    kernel((7, 2), 0x55, 1 << 40, 1 << 35, 3, 1 << 41)
-    assert seen["arguments"] == [1 << 40, 1 << 35, 3, 1 << 41]
-    assert seen["grid"] == (7, 2, 1, 96, 1, 1, 512, 0x55)
-    assert seen["attributes"] == (True, 1)
-    assert (seen["function"], seen["extra"]) == (0x7F00, None)
-
-
-def test_an_error_of_the_driver_is_told(monkeypatch):
-    monkeypatch.setattr(nvrtc_quantized, "_launch", lambda: lambda *arguments: 701)
-    with pytest.raises(RuntimeError, match="got CUDA error 701, expected 0"):
-        nvrtc_quantized.Kernel(1, "i", 32)((1, 1), 0, 5)
 
 
 @pytest.mark.parametrize(
