@@ -6,6 +6,7 @@ that they do in grey. matplotlib is imported when a figure is drawn, and may be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ CHINESE_FONTS = (
 )  # fmt: skip
 DPI = 160
 THINNEST = 0.002
-"""The least part of a timeline's width that shows."""
+"""The least part of a timeline's width that shows where nothing else is near."""
 RIGHT_OF = 30
 """Operations a byte above which a point of the roofline has its label on the left."""
 NAMES = ("shares", "roofline", "io", "timelines")
@@ -204,12 +205,15 @@ def _executed(axis: Any, report: Report, words: Words, phase: Phase) -> None:
         axis.set_axis_off()
         return
     window, layers = line["window_ms"], report.settings["streamed_layers"]
-    for lane, key, start, end in line["spans"]:
-        link = next(link for link, own in LANES.items() if lane in own)
-        kind = key.partition(".")[2]
-        width = max(end - start, window * THINNEST)
-        edge = {"hatch": HATCHES[kind], "edgecolor": "white", "linewidth": 0.4} if width > window * 0.01 else {}
-        axis.broken_barh([(start, width)], (lanes.index(link) - 0.4, 0.8), facecolor=COLOURS[kind], **edge)
+    for link, own in LANES.items():
+        spans = sorted((start, end, key) for lane, key, start, end in line["spans"] if lane in own)
+        for (start, end, key), (following, *_) in zip(spans, [*spans[1:], (math.inf,)], strict=True):
+            kind, width = key.partition(".")[2], end - start
+            if following - end > 4 * window * THINNEST:  # else a lane would look busier than it was
+                width = max(width, window * THINNEST)
+            wide = {"hatch": HATCHES[kind], "edgecolor": "white", "linewidth": 0.4}
+            edge = wide if width > window * 0.01 else {"linewidth": 0}
+            axis.broken_barh([(start, width)], (lanes.index(link) - 0.4, 0.8), facecolor=COLOURS[kind], **edge)
     title = f"{words('f.executed', layers=layers)}: {n.ms(window)}, {layers} × {n.ms(window / layers)}"
     _finish(axis, words, lanes, window, f"{_phase(words, report, phase)}, {title}")
 
@@ -240,10 +244,11 @@ def _roofline(report: Report, words: Words) -> Any:
             intensity = report.facts.flops(phase, kind) / report.facts.bytes_read(kind)
             points.append((intensity, rate.value))
             reached = rate.value / min(roofs["matmul"], intensity * roofs["memory"])
-            side, shift = ("right", -9) if intensity > RIGHT_OF else ("left", 9)
+            side, shift = ("right", -30) if intensity > RIGHT_OF else ("left", 30)
             axis.annotate(  # below the roof, and apart from the other's, which may lie in the same place
                 f"{kind.upper()} {phase}: {reached:.0%}", (intensity, rate.value), ha=side, va="center", fontsize=8,
-                xytext=(shift, -8 if kind == higher else -19), textcoords="offset points",
+                xytext=(shift, -14 if kind == higher else -27), textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "relpos": (float(shift < 0), 0.5)},
             )  # fmt: skip
             axis.errorbar(
                 intensity, rate.value, yerr=[[rate.value - rate.low], [rate.high - rate.value]], fmt=marker, ms=8,
