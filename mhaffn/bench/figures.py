@@ -207,7 +207,8 @@ def _executed(axis: Any, report: Report, words: Words, phase: Phase) -> None:
     window, layers = line["window_ms"], report.settings["streamed_layers"]
     for link, own in LANES.items():
         spans = sorted((start, end, key) for lane, key, start, end in line["spans"] if lane in own)
-        for (start, end, key), (following, *_) in zip(spans, [*spans[1:], (math.inf,)], strict=True):
+        starts = [*(start for start, *_ in spans[1:]), math.inf]
+        for (start, end, key), following in zip(spans, starts, strict=False):
             kind, width = key.partition(".")[2], end - start
             if following - end > 4 * window * THINNEST:  # else a lane would look busier than it was
                 width = max(width, window * THINNEST)
