@@ -49,7 +49,11 @@ CONTEXT = 1024
 FORMATS = ("int8", "int8:64", "int8:32", "fp8", "int4:128", "int4:64", "int4:64:zeros", "int4:32")
 PARTS = {"FFN": ("ffn",), "MHA": ("mha",), "both": KINDS}
 WAYS = ("nearest", "searched")
-TOLD = Formats.parse("int8", "int4:64")
+OPTIONS = Options(device="cpu")
+TOLD = {
+    "FFN `int4:64`, MHA `int8`": Formats.parse("int8", "int4:64"),
+    **{f"`{name}`": Formats.parse(name, name) for name in ("int8", "int8:64", "int8:32", "int4:64", "int4:32")},
+}
 MATRIX_FORMATS = ("int8", "int8:128", "fp8", "int4:128", "int4:64", "int4:32", "int4:128:zeros", "int4:64:zeros")
 
 
@@ -73,7 +77,7 @@ def measure() -> None:
         reference, text = opened(folder)
         told = told_rows(reference, text, folder)
         rows = list(model_rows(reference, text, folder / "variant"))
-        plain = evaluate(reference.path, text, context=CONTEXT, options=Options(device="cpu"))
+        plain = evaluate(reference.path, text, context=CONTEXT, options=OPTIONS)
     values = {
         "machine": describe(),
         "model": f"SmolLM2-135M-Instruct, Q4_1 in {PACKAGE}",
@@ -103,14 +107,15 @@ def opened(folder: Path) -> tuple[Store, Path]:
 
 
 def told_rows(reference: Store, text: Path, folder: Path) -> list[dict[str, Any]]:
-    """A mixture of formats packed without a calibration text, and with one."""
+    """Formats packed without a calibration text, and with one."""
     rows = []
-    for way, importance in (("searched", None), ("calibrated", partial(importance_of, text=folder / "told.txt"))):
-        target = folder / f"told-{way}"
-        pack(reference.path, target, formats=TOLD, importance=importance, device="cpu")
-        found = evaluate(target, text, reference=reference.path, context=CONTEXT, options=Options(device="cpu"))
-        rows.append({"way": way, "formats": TOLD.options(), "perplexity": found.perplexity, "kl": found.kl})
-        print(f"{way:10} KL {found.kl:.3e} perplexity {found.perplexity:.4f}", flush=True)
+    for name, formats in TOLD.items():
+        for way, importance in (("searched", None), ("calibrated", partial(importance_of, text=folder / "told.txt"))):
+            with tempfile.TemporaryDirectory(dir=folder) as target:
+                store = pack(reference.path, Path(target) / way, formats=formats, importance=importance, device="cpu")
+                found = evaluate(store.path, text, reference=reference.path, context=CONTEXT, options=OPTIONS)
+            rows.append({"formats": name, "way": way, "perplexity": found.perplexity, "kl": found.kl})
+            print(f"{name:26} {way:10} KL {found.kl:.3e} perplexity {found.perplexity:.4f}", flush=True)
     return rows
 
 
@@ -157,9 +162,7 @@ def model_rows(reference: Store, text: Path, variant: Path) -> Iterator[dict[str
             for part, kinds in PARTS.items():
                 chosen = {tensor: made[tensor] for tensor, kind in names.items() if kind in kinds}
                 save_file(weights | chosen, variant / "model.safetensors", {"format": "pt"})
-                found = evaluate(
-                    variant, text, reference=reference.path, context=CONTEXT, options=Options(device="cpu")
-                )
+                found = evaluate(variant, text, reference=reference.path, context=CONTEXT, options=OPTIONS)
                 yield {
                     "format": name, "way": way, "part": part, "perplexity": found.perplexity, "kl": found.kl,
                     "bits": 8 * sum(nbytes[k] for k in kinds) / sum(weights[t].numel() for t in chosen),
@@ -236,9 +239,17 @@ def model_table(values: dict[str, Any]) -> str:
 
 
 def told_table(values: dict[str, Any]) -> str:
-    lines = ["| FFN int4:64, MHA int8 | KL | perplexity |", "|---|---|---|"]
-    lines += [f"| {row['way']} | {row['kl']:.2e} | {row['perplexity']:.3f} |" for row in values["told"]]
-    return "\n".join(lines) + "\n"
+    at = {(row["formats"], row["way"]): row for row in values["told"]}
+    lines = [
+        "| format | KL, searched | calibrated | change | perplexity, searched | calibrated |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in TOLD:
+        searched, calibrated = (at[name, way] for way in ("searched", "calibrated"))
+        change = calibrated["kl"] / searched["kl"] - 1
+        divergences = f"{searched['kl']:.2e} | {calibrated['kl']:.2e} | {change:+.0%}"
+        lines.append(f"| {name} | {divergences} | {searched['perplexity']:.3f} | {calibrated['perplexity']:.3f} |")
+    return "\n".join([*lines, ""])
 
 
 def matrix_table(values: dict[str, Any]) -> str:
