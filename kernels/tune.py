@@ -85,6 +85,7 @@ FEW_BITS_SM90_TILES = [
     (64, 8, 4),
     (128, 8, 2),
     (128, 8, 4),
+    (256, 4, 1),
     (256, 4, 2),
     (256, 5, 2),
 ]
@@ -290,10 +291,10 @@ def few_bits_problems() -> list[Problem]:
                 )
                 few = [few_bits_shape(nvrtc_quantized.few_rows, m, *shape, gated)]
                 found.append(Problem(f"quantized_cuda{suffix}", {**bound, "columns": columns}, cuda_tiles, few, rival))
-        for m in (64, 128, 2048) if sm90 else ():
+        for m in (64, 128, 2048, 8192) if sm90 else ():
             run = quantized.linear if m <= 128 else chunks
             rival = ("quantized", {**sizes, "rows": min(m, 128)}, few_bits_shape(run, m, *shape))
-            limit = {"rows": m} if m <= 128 else {}
+            limit = {"rows": m} if m <= 2048 else {}
             found.append(
                 Problem("quantized_sm90", {**bound, **limit}, sm90_tiles, [few_bits_shape(many, m, *shape)], rival)
             )

@@ -24,7 +24,7 @@ SIZES = {
     "few_rows_cuda_gated": {"columns": (1, 2), "per_processor": (1, 1000)},
     "quantized": {"bits": (4, 8), "rows": (16, 128), "per_processor": (1, 1000)},
     "quantized_gated": {"bits": (4, 8), "rows": (16,), "per_processor": (1, 1000)},
-    "quantized_sm90": {"bits": (4, 8), "rows": (17, 128, 2048), "per_processor": (1, 1000)},
+    "quantized_sm90": {"bits": (4, 8), "rows": (17, 128, 2048, 8192), "per_processor": (1, 1000)},
     "quantized_cuda": {"bits": (4, 8), "columns": (1, 2), "per_processor": (1, 1000)},
     "quantized_cuda_gated": {"bits": (4, 8), "columns": (1, 2), "per_processor": (1, 1000)},
 }
