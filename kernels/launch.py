@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 INT32_MAX = 2**31 - 1
 RECENT = 64
 """Sets of integers that a kernel's launches remember."""
@@ -47,6 +48,14 @@ def _launch() -> Any:
     return driver().cuLaunchKernelEx
 
 
+def _bind_context(index: int) -> None:
+    """Gives this thread the context that PyTorch uses: what binds one to a thread is the first use of the GPU there."""
+    context = ctypes.c_void_p()
+    status = driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), index) or driver().cuCtxSetCurrent(context)
+    if status:
+        raise RuntimeError(f"cuCtxSetCurrent: got CUDA error {status}, expected 0")
+
+
 class Function(threading.local):
     """A CUDA function and the memory that its launches are described in.
 
@@ -73,6 +82,9 @@ class Function(threading.local):
         configuration.grid_x, configuration.grid_y = grid
         configuration.stream = stream
         status = _launch()(self.reference, self.function, self.pointers, None)
+        if status == NO_CONTEXT:
+            _bind_context(torch.cuda.current_device())
+            status = _launch()(self.reference, self.function, self.pointers, None)
         if status:
             raise RuntimeError(f"cuLaunchKernelEx: got CUDA error {status}, expected 0")
 
@@ -87,7 +99,9 @@ class Jit:
 
     The first launch of each kind goes through Triton, and gives what it compiled. Later ones are found by all that
     it makes different code for: device, constants and options, dtypes, addresses that are multiples of 16, and
-    :func:`kind` of the integers. The layers of a pass have the same integers, so those are looked for first.
+    :func:`kind` of the integers. The layers of a pass have the same integers, so those are looked for first. Tensors
+    are on the current GPU, which nothing checks here. Triton's hooks before and after a launch run; those that look at
+    what is bound do not.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -108,16 +122,19 @@ class Jit:
             tensors[0].device, *options.values(),  # type: ignore[union-attr]
             *[None if t is None else t.dtype for t in tensors], *[a is not None and a % 16 == 0 for a in addresses],
         )  # fmt: skip
-        found = self._recent.get((same, integers)) or self._compiled.get((same, *map(kind, integers)))
+        found = self._recent.get((same, integers))
         if found is None:
-            compiled = self.kernel[grid](*tensors, *floats, *integers, **options)
-            if compiled is not None:  # Triton's interpreter compiles nothing
-                constants = (options[parameter.name] for parameter in self.kernel.params if parameter.is_constexpr)
-                self._compiled[(same, *map(kind, integers))] = compiled, tuple(constants)
-            return
-        if len(self._recent) >= RECENT:
-            self._recent.clear()
-        self._recent[same, integers] = found
+            kinds = (same, *map(kind, integers))
+            found = self._compiled.get(kinds)
+            if found is None:
+                compiled = self.kernel[grid](*tensors, *map(float, floats), *integers, **options)
+                if compiled is not None:  # Triton's interpreter compiles nothing
+                    constants = (options[parameter.name] for parameter in self.kernel.params if parameter.is_constexpr)
+                    self._compiled[kinds] = compiled, tuple(constants)
+                return
+            if len(self._recent) >= RECENT:
+                self._recent.clear()
+            self._recent[same, integers] = found
         compiled, constants = found
         compiled[grid](*addresses, *floats, *integers, *constants)
 

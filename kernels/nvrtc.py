@@ -46,16 +46,19 @@ def _module(source: str, defines: tuple[str, ...], device_index: int) -> Any:
         return module
 
 
-@cache
-def _function(name: str, source: str, defines: tuple[str, ...], device_index: int) -> Any:
-    return _module(source, defines, device_index).get_function(name)
+def function_pointer(name: str, source: str, defines: tuple[str, ...], device_index: int) -> int:
+    """A function as the driver takes it, compiled for that GPU."""
+    import cupy
+
+    with cupy.cuda.Device(device_index):  # CuPy gives the current one's
+        return int(_module(source, defines, device_index).get_function(name).kernel.ptr)
 
 
 @cache
 def _few_rows_kernel(half: bool, gated: bool, columns: int, tile: tuple[tuple[str, int], ...], index: int) -> Function:
     sizes = dict(tile)
-    function = _function("ffn_few_rows", "ffn_few_rows.cu", few_rows_defines(half, gated, columns, sizes), index)
-    return Function(function.kernel.ptr, "PPPPqiii", 32 * sizes["WARPS"])
+    pointer = function_pointer("ffn_few_rows", "ffn_few_rows.cu", few_rows_defines(half, gated, columns, sizes), index)
+    return Function(pointer, "PPPPqiii", 32 * sizes["WARPS"])
 
 
 def chosen(x: Tensor, a: Tensor, gated: bool) -> bool:

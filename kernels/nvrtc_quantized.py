@@ -86,8 +86,8 @@ def _table_tile(machine: tiles.Machine, bits: int, columns: int, rows: int, gate
 
 @cache
 def _few_rows_kernel(options: tuple[str, ...], threads: int, index: int) -> Function:
-    function = nvrtc._function("linear_few_rows", SOURCE, (*options, f"-I{nvrtc.SOURCES}"), index)
-    return Function(function.kernel.ptr, FEW_ROWS_ARGUMENTS, threads, overlap=tiles.gpu(index).overlap)
+    pointer = nvrtc.function_pointer("linear_few_rows", SOURCE, (*options, f"-I{nvrtc.SOURCES}"), index)
+    return Function(pointer, FEW_ROWS_ARGUMENTS, threads, overlap=tiles.gpu(index).overlap)
 
 
 @cache
@@ -256,6 +256,12 @@ def _many_rows(x: Tensor, a: Quantized, out: Tensor, tile: tiles.Tile, cut: tupl
     processors = tiles.gpu(index).processors
     whole, parts = cut or division(count, steps, ahead, processors)
     tail = count - whole
+    if not (
+        0 <= tail * parts <= processors
+        and (tail == 0 or whole % processors == 0)
+        and columns % (parts * 2 * ahead) == 0
+    ):
+        raise ValueError(f"many_rows: got {whole} of {count} tiles whole and {parts} parts, on {processors} processors")
     arranged = torch.empty(token_tiles * tokens * columns * 64, dtype=x.dtype, device=x.device)
     sums = torch.empty(tail * parts * tokens * 128, dtype=torch.float32, device=x.device) if tail else None
     sums_at = 0 if sums is None else sums.data_ptr()

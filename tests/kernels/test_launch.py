@@ -38,6 +38,26 @@ def test_an_error_of_the_driver_is_told(monkeypatch):
         launch.Function(1, "i", 32)((1, 1), 0, 5)
 
 
+def test_a_thread_that_has_not_used_the_gpu_gets_its_context(monkeypatch):
+    bound, launched = [], []
+
+    def to_driver(*arguments):
+        launched.append(arguments)
+        return 0 if bound else launch.NO_CONTEXT
+
+    monkeypatch.setattr(launch, "_launch", lambda: to_driver)
+    monkeypatch.setattr(launch, "_bind_context", bound.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    function = launch.Function(1, "i", 32)
+    function((1, 1), 0, 5)
+    function((1, 1), 0, 6)
+    assert bound == [3] and len(launched) == 3
+    bound.clear()
+    monkeypatch.setattr(launch, "_bind_context", lambda index: None)
+    with pytest.raises(RuntimeError, match="got CUDA error 201"):
+        function((1, 1), 0, 7)
+
+
 class Kernel:
     """Stands for a Triton kernel: notes what it compiles, and what then runs."""
 
