@@ -231,9 +231,7 @@ def many_rows_chosen(x: Tensor, a: Quantized) -> bool:
     return bool(tile["DEFAULT"]) and nvrtc.available()
 
 
-def many_rows(
-    x: Tensor, a: Quantized, tile: tiles.Tile | None = None, cut: tuple[int, int] | None = None
-) -> Tensor:  # fmt: skip
+def many_rows(x: Tensor, a: Quantized, tile: tiles.Tile | None = None, cut: tuple[int, int] | None = None) -> Tensor:
     """x [M, D], a [ROWS, D] -> ``x aᵀ`` [M, ROWS], on sm_90; ``cut`` as :func:`division` gives it."""
     width, rows = x.shape[1], a.shape[0]
     if not sm90_fits(x, a) or a.shape[1] != width:
@@ -256,11 +254,8 @@ def _many_rows(x: Tensor, a: Quantized, out: Tensor, tile: tiles.Tile, cut: tupl
     processors = tiles.gpu(index).processors
     whole, parts = cut or division(count, steps, ahead, processors)
     tail = count - whole
-    if not (
-        0 <= tail * parts <= processors
-        and (tail == 0 or whole % processors == 0)
-        and columns % (parts * 2 * ahead) == 0
-    ):
+    one_each = 0 <= tail * parts <= processors and (tail == 0 or whole % processors == 0)
+    if not one_each or steps % (parts * ahead):
         raise ValueError(f"many_rows: got {whole} of {count} tiles whole and {parts} parts, on {processors} processors")
     arranged = torch.empty(token_tiles * tokens * columns * 64, dtype=x.dtype, device=x.device)
     sums = torch.empty(tail * parts * tokens * 128, dtype=torch.float32, device=x.device) if tail else None
