@@ -31,7 +31,7 @@ FEW_LAYERS = 8
 SIMULATED_SUBLAYERS = 8000
 LIBRARY_BYTES = 512 << 20
 SCRATCH_BYTES = 192 << 20
-"""What products with weights in few bits hold besides: dequantised rows, and partial sums of blocks."""
+"""What products with weights in few bits hold besides: dequantised rows, or arranged inputs and partial sums."""
 CHUNK_TOKENS = 4096
 """Positions a sublayer works on at once: a longer prompt goes through its weights in several steps."""
 
