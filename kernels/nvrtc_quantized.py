@@ -132,11 +132,14 @@ SHARE_MIN = 8
 """Steps of 128 columns: fewer than these are not worth a processor's start and the joining of its sums."""
 
 
-def sm90_defines(dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, tile: tiles.Tile) -> tuple[str, ...]:
+def sm90_defines(
+    dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, by_row: bool, tile: tiles.Tile
+) -> tuple[str, ...]:  # fmt: skip
+    """The -D options of ``linear_sm90.cu``; ``by_row``: one scale a row, and no zeros."""
     values = {
         "HALF": int(dtype == torch.float16), "BITS": 4 if format == "int4" else 8, "FLOAT8": int(format == "fp8"),
-        "SCALE": SCALES[scale], "ZEROS": int(zeros), "TOKENS": tile["TOKENS"], "STAGES": tile["STAGES"],
-        "AHEAD": tile["AHEAD"],
+        "SCALE": SCALES[scale], "ZEROS": int(zeros), "BY_ROW": int(by_row), "TOKENS": tile["TOKENS"],
+        "STAGES": tile["STAGES"], "AHEAD": tile["AHEAD"],
     }  # fmt: skip
     return tuple(f"-D{name}={value}" for name, value in values.items())
 
@@ -167,7 +170,8 @@ def sm90_shared(tile: tiles.Tile) -> int:
 
 @cache
 def _sm90(
-    dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, tile: tuple[tuple[str, int], ...], index: int
+    dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, by_row: bool, tile: tuple[tuple[str, int], ...],
+    index: int,
 ) -> _Sm90:
     """Compiled for sm_90a, which CuPy itself does not."""
     import cupy
@@ -175,7 +179,7 @@ def _sm90(
 
     sizes = dict(tile)
     shared = sm90_shared(sizes)
-    defined = sm90_defines(dtype, format, scale, zeros, sizes)
+    defined = sm90_defines(dtype, format, scale, zeros, by_row, sizes)
     options = ("--gpu-architecture=sm_90a", "--std=c++17", f"-I{nvrtc.SOURCES}", *_include_folders(), *defined)
     program = compiler.createProgram((nvrtc.SOURCES / SOURCE_SM90).read_text(), SOURCE_SM90, (), ())
     try:
@@ -248,7 +252,9 @@ def _many_rows(x: Tensor, a: Quantized, out: Tensor, tile: tiles.Tile, cut: tupl
     (m, width), rows = x.shape, a.shape[0]
     index = torch.cuda.current_device() if x.device.index is None else x.device.index
     tokens, ahead = tile["TOKENS"], tile["AHEAD"]
-    kernels = _sm90(x.dtype, a.format, a.scales.dtype, a.zeros is not None, tuple(tile.items()), index)
+    zeros = a.zeros is not None
+    by_row = a.group == width and not zeros
+    kernels = _sm90(x.dtype, a.format, a.scales.dtype, zeros, by_row, tuple(tile.items()), index)
     steps, token_tiles = -(-width // (128 * ahead)) * ahead, -(-m // tokens)
     count, columns = -(-rows // 128) * token_tiles, 2 * steps  # blocks of 64, past the width zeros
     processors = tiles.gpu(index).processors

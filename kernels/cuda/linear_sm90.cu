@@ -2,8 +2,8 @@
 //
 // a: packed [rows, width], scales and zeros [rows, width >> group_shift]; out [m, rows]. Rows of packed weights are
 // multiples of 16 bytes. The weights are the left operand, in registers: a thread reads 16 consecutive bytes of a row
-// and calls their pairs the k-pairs that the instruction wants of it, multiplied by their scale. The tokens are the
-// right operand, in shared memory, by tiles that `arrange` has written beforehand as they lie there: in the weights'
+// and calls their pairs the k-pairs that the instruction wants of it, multiplied by their scale; one scale a row
+// (BY_ROW) multiplies the sums instead. The tokens are the right operand, in shared memory, by tiles that `arrange` has written beforehand as they lie there: in the weights'
 // order of columns, swizzled. So a tile is one bulk copy, and no address is computed while multiplying.
 //
 // A tile of results is 128 rows x TOKENS tokens. There is one block a processor, and it makes one tile after another:
@@ -16,7 +16,8 @@
 // A product reads its left operand and writes its sums after the instruction was issued, until it is waited for. The
 // compiler orders neither around a wait, so `hold` does: registers pass through it before they are read or reused.
 //
-// Compiled for sm_90a with few_bits.cuh's -D options and ZEROS=0|1, TOKENS=64|128|256, STAGES, AHEAD.
+// Compiled for sm_90a with few_bits.cuh's -D options and ZEROS=0|1, BY_ROW=0|1 (without zeros), TOKENS=64|128|256,
+// STAGES, AHEAD.
 
 #include "few_bits.cuh"
 
@@ -123,7 +124,9 @@ struct Matrix {
 // 128 columns of two rows, as loaded.
 struct Packed {
     uint4 at[2][kLoads];
+#if !BY_ROW
     scale_type scale[2][kLoads];
+#endif
 #if ZEROS
     scale_type zero[2][kLoads];
 #endif
@@ -142,11 +145,15 @@ __device__ inline void load(Packed& w, const Matrix& a, unsigned k) {
     for (int i = 0; i < kLoads; ++i) {
         const int kk = k + kStepColumns / kLoads * i + a.column;
         const bool inside = kk < a.end;
+#if !BY_ROW
         const int group = inside ? kk >> a.group_shift : 0;
+#endif
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             w.at[h][i] = inside ? stream(a.values[h] + (k / kThreadColumns + 4 * i)) : make_uint4(0, 0, 0, 0);
+#if !BY_ROW
             w.scale[h][i] = __ldg(a.scales[h] + group);
+#endif
 #if ZEROS
             w.zero[h][i] = __ldg(a.zeros[h] + group);
 #endif
@@ -177,7 +184,6 @@ __device__ inline void unpack_part(unsigned (&left)[4][4], const Packed& w, int 
     for (int h = 0; h < 2; ++h) {
         const int i = BITS == 4 ? 0 : half;
         const unsigned words[4] = {w.at[h][i].x, w.at[h][i].y, w.at[h][i].z, w.at[h][i].w};
-        const float scale = widen(w.scale[h][i]);
         unsigned pairs[4];
 #pragma unroll
         for (int j = 0; j < 4 / kPairs; ++j) {
@@ -189,6 +195,10 @@ __device__ inline void unpack_part(unsigned (&left)[4][4], const Packed& w, int 
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
             unsigned& to = left[2 * part + q / 2][q % 2 * 2 + h];
+#if BY_ROW
+            to = pairs[q];
+#else
+            const float scale = widen(w.scale[h][i]);
             if (kExact) {
 #if ZEROS
                 const float zero = widen(w.zero[h][i]) - kCentre;
@@ -200,6 +210,7 @@ __device__ inline void unpack_part(unsigned (&left)[4][4], const Packed& w, int 
             } else {
                 to = fma2(pairs[q], pair_of(scale, scale), both(0x8000));
             }
+#endif
         }
     }
 }
@@ -264,13 +275,16 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     Matrix a;
     a.column = kThreadColumns * (lane % 4);
     a.group_shift = group_shift;
+    const auto row_of = [&](const Segment& segment, int h) -> long long {
+        return min(segment.tile / token_tiles * 128 + local + 8 * h, rows - 1);
+    };
     int column;  // of the weights that are loaded next
     const auto turn_to = [&](const Segment& next) {
         column = next.first * kBlockColumns;
         a.end = min(width, column + next.count * kBlockColumns);  // none left: loads are of zeros
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const long long row = min(next.tile / token_tiles * 128 + local + 8 * h, rows - 1);
+            const long long row = row_of(next, h);
             a.values[h] = values + row * (width / kThreadColumns) + lane % 4;
             a.scales[h] = scales + row * groups;
             a.zeros[h] = zeros + row * groups;
@@ -287,6 +301,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     unsigned at = 0;
     for (int i = 1; now.count > 0; ++i) {
         const Segment next = segment(i, blocks, whole, share, tail);
+#if BY_ROW
+        const float scale_of[2] = {widen(__ldg(scales + row_of(now, 0))), widen(__ldg(scales + row_of(now, 1)))};
+#endif
         float c[kAtoms][kAtom / 2];
 #pragma unroll
         for (int n = 0; n < kAtoms; ++n)
@@ -327,6 +344,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         hold(left[1]);
         hold(c);
         if (lane == 0) arrive(empty + (at - 1) % STAGES);
+#if BY_ROW
+#pragma unroll
+        for (int n = 0; n < kAtoms; ++n)
+#pragma unroll
+            for (int j = 0; j < kAtom / 2; ++j) c[n][j] *= scale_of[j % 4 / 2];
+#endif
 
         if (now.tile >= whole) {
             float* to = parts + (long long)blockIdx.x * (TOKENS * 128);

@@ -76,8 +76,9 @@ def _cuda_cases():
             if arch == "sm_90" and not gated:
                 for number, rule in enumerate(table["quantized_sm90"]):
                     for format, scales, zeros, _ in QUANTIZED if number == 0 else QUANTIZED[:1]:
-                        options = nvrtc_quantized.sm90_defines(dtype, format, scales, zeros, rule["tile"])
-                        seen.add((nvrtc_quantized.SOURCE_SM90, "sm_90a", options))
+                        for by_row in (False,) if zeros else (False, True):
+                            options = nvrtc_quantized.sm90_defines(dtype, format, scales, zeros, by_row, rule["tile"])
+                            seen.add((nvrtc_quantized.SOURCE_SM90, "sm_90a", options))
     return sorted(seen)
 
 

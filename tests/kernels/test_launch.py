@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mhaffn import ops
 from mhaffn.kernels import launch
 
 
@@ -137,3 +139,15 @@ def test_triton_makes_different_code_for_no_more_than_is_told_apart():
         told = native_specialize_impl(CUDABackend(GPUTarget("cuda", 90, 32)).__class__, number, False, True, True)
         found.setdefault(launch.kind(number), set()).add(told)
     assert len(found) == 5 and all(len(kinds) == 1 for kinds in found.values()), found
+
+
+@pytest.mark.gpu
+def test_a_thread_whose_first_use_of_the_gpu_is_a_launch():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    x, *weights = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in [(1, 256), (512, 256), (512, 256)])
+    weights.append(torch.randn(256, 512, device="cuda", dtype=torch.bfloat16))
+    want = ops.ffn(x, *weights)  # also leaves memory to take: an allocation would bind a context
+    torch.cuda.synchronize()
+    with torch.no_grad(), ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(ops.ffn, x, *weights).result(), want)
