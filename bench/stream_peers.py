@@ -35,6 +35,8 @@ from mhaffn.random_model import SHAPES, write_random_shards
 from mhaffn.store import Store
 
 PASSES = 3
+PHASE_S = 15.0
+"""Seconds after which no further pass is timed, once one has been."""
 Forward = Callable[[torch.Tensor], object]
 
 
@@ -183,6 +185,8 @@ def measure(contender: Contender, folder: Path, prompt: int) -> dict[str, Any]:
                 forward(ids)
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
+            if len(times) > 1 and sum(times) > PHASE_S:
+                break
         found[phase] = {"tokens": tokens, "samples": times[1:], "seconds": statistics.median(times[1:])}
     found["peak_gpu_bytes"] = torch.cuda.max_memory_reserved()
     return found

@@ -158,6 +158,7 @@ class _Sm90:
     """The kernels of ``linear_sm90.cu``, and the module that holds them."""
 
     arrange: Function
+    arrange_gated: Function
     multiply: Function
     join: Function
     module: Any
@@ -170,7 +171,12 @@ def sm90_shared(tile: tiles.Tile) -> int:
 
 @cache
 def _sm90(
-    dtype: torch.dtype, format: str, scale: torch.dtype, zeros: bool, by_row: bool, tile: tuple[tuple[str, int], ...],
+    dtype: torch.dtype,
+    format: str,
+    scale: torch.dtype,
+    zeros: bool,
+    by_row: bool,
+    tile: tuple[tuple[str, int], ...],
     index: int,
 ) -> _Sm90:
     """Compiled for sm_90a, which CuPy itself does not."""
@@ -189,12 +195,14 @@ def _sm90(
     module = cupy.cuda.function.Module()
     with cupy.cuda.Device(index):
         module.load(compiler.getCUBIN(program))
-        arrange, multiply, join = (module.get_function(name).ptr for name in ("arrange", "linear_sm90", "join"))
+        names = ("arrange", "arrange_gated", "linear_sm90", "join")
+        arrange, arrange_gated, multiply, join = (module.get_function(name).ptr for name in names)
         status = driver().cuFuncSetAttribute(ctypes.c_void_p(multiply), 8, shared)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
     if status:
         raise RuntimeError(f"cuFuncSetAttribute: got CUDA error {status}, expected 0")
     return _Sm90(
         Function(arrange, "PPqiii", 128),
+        Function(arrange_gated, "PPPqiii", 128),
         Function(multiply, "PPPPPPiiiiiiiiii", 384, shared, overlap=True),
         Function(join, "PPiiiii", 128, overlap=True),
         module,
@@ -243,38 +251,78 @@ def many_rows(x: Tensor, a: Quantized, tile: tiles.Tile | None = None, cut: tupl
     if tile is None:
         tile = _sm90_tile(tiles.machine(x.device), 4 if a.format == "int4" else 8, x.shape[0], rows)
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    for first in range(0, x.shape[0], SM90_ROWS_MAX):
-        _many_rows(x[first : first + SM90_ROWS_MAX], a, out[first : first + SM90_ROWS_MAX], tile, cut)
+    for part, to in zip(x.split(SM90_ROWS_MAX), out.split(SM90_ROWS_MAX), strict=True):
+        _multiply(_arrange(part, None, a, tile), part, a, tile, cut, to)
     return out
 
 
-def _many_rows(x: Tensor, a: Quantized, out: Tensor, tile: tiles.Tile, cut: tuple[int, int] | None) -> None:
-    (m, width), rows = x.shape, a.shape[0]
+def gate_up_down(x: Tensor, w1: Quantized, w3: Quantized, w2: Quantized) -> Tensor:
+    """``w2 (silu(w1 x) * w3 x)``, x [M, D] -> [M, D]: x is arranged once, and the product of gate and up on its way."""
+    out = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype, device=x.device)
+    machine, bits = tiles.machine(x.device), [4 if a.format == "int4" else 8 for a in (w1, w2)]
+    for part, to in zip(x.split(SM90_ROWS_MAX), out.split(SM90_ROWS_MAX), strict=True):
+        tile, tile_down = (_sm90_tile(machine, b, x.shape[0], a.shape[0]) for b, a in zip(bits, (w1, w2), strict=True))
+        gate, up = (part.new_empty((part.shape[0], w1.shape[0])) for _ in range(2))
+        arranged = _arrange(part, None, w1, tile)
+        _multiply(arranged, part, w1, tile, None, gate)
+        _multiply(arranged, part, w3, tile, None, up)
+        del arranged
+        _multiply(_arrange(gate, up, w2, tile_down), gate, w2, tile_down, None, to)
+    return out
+
+
+def gate_up_down_chosen(x: Tensor, w1: Quantized, w3: Quantized, w2: Quantized) -> bool:
+    """Whether that is the default here."""
+    alike = w1.shape == w3.shape and (w1.format == "int4") == (w3.format == "int4")
+    return alike and all(many_rows_chosen(x, a) for a in (w1, w2)) and sm90_fits(x, w3)
+
+
+def _kernels(x: Tensor, a: Quantized, tile: tiles.Tile) -> tuple[_Sm90, int]:
+    """The kernels for these, and their GPU."""
     index = torch.cuda.current_device() if x.device.index is None else x.device.index
-    tokens, ahead = tile["TOKENS"], tile["AHEAD"]
     zeros = a.zeros is not None
-    by_row = a.group == width and not zeros
-    kernels = _sm90(x.dtype, a.format, a.scales.dtype, zeros, by_row, tuple(tile.items()), index)
-    steps, token_tiles = -(-width // (128 * ahead)) * ahead, -(-m // tokens)
-    count, columns = -(-rows // 128) * token_tiles, 2 * steps  # blocks of 64, past the width zeros
+    by_row = a.group == a.shape[1] and not zeros
+    return _sm90(x.dtype, a.format, a.scales.dtype, zeros, by_row, tuple(tile.items()), index), index
+
+
+def _steps(width: int, tile: tiles.Tile) -> int:
+    return -(-width // (128 * tile["AHEAD"])) * tile["AHEAD"]
+
+
+def _arrange(x: Tensor, up: Tensor | None, a: Quantized, tile: tiles.Tile) -> Tensor:
+    """x, or ``silu(x) * up``, in the order in which products with ``a`` take it; past the width zeros."""
+    (m, width), blocks = x.shape, 2 * _steps(x.shape[1], tile)  # of 64 columns
+    kernels, index = _kernels(x, a, tile)
+    token_rows = -(-m // tile["TOKENS"]) * tile["TOKENS"]
+    arranged = torch.empty(token_rows * blocks * 64, dtype=x.dtype, device=x.device)
+    grid, rest = (blocks // 2, token_rows // 16), (arranged.data_ptr(), x.stride(0), m, width, blocks)
+    if up is None:
+        kernels.arrange(grid, stream_of(index), x.data_ptr(), *rest)
+    else:
+        kernels.arrange_gated(grid, stream_of(index), x.data_ptr(), up.data_ptr(), *rest)
+    return arranged
+
+
+def _multiply(
+    arranged: Tensor, x: Tensor, a: Quantized, tile: tiles.Tile, cut: tuple[int, int] | None, out: Tensor
+) -> None:  # fmt: skip
+    (m, width), rows = x.shape, a.shape[0]
+    kernels, index = _kernels(x, a, tile)
+    tokens, steps = tile["TOKENS"], _steps(width, tile)
+    token_tiles = -(-m // tokens)
+    count = -(-rows // 128) * token_tiles
     processors = tiles.gpu(index).processors
-    whole, parts = cut or division(count, steps, ahead, processors)
+    whole, parts = cut or division(count, steps, tile["AHEAD"], processors)
     tail = count - whole
     one_each = 0 <= tail * parts <= processors and (tail == 0 or whole % processors == 0)
-    if not one_each or steps % (parts * ahead):
+    if not one_each or steps % (parts * tile["AHEAD"]):
         raise ValueError(f"many_rows: got {whole} of {count} tiles whole and {parts} parts, on {processors} processors")
-    arranged = torch.empty(token_tiles * tokens * columns * 64, dtype=x.dtype, device=x.device)
     sums = torch.empty(tail * parts * tokens * 128, dtype=torch.float32, device=x.device) if tail else None
     sums_at = 0 if sums is None else sums.data_ptr()
-    stream = stream_of(index)
-    kernels.arrange(
-        (columns // 2, token_tiles * tokens // 8), stream, x.data_ptr(), arranged.data_ptr(), x.stride(0), m, width,
-        columns,
-    )  # fmt: skip
     kernels.multiply(
-        (min(processors, max(whole, tail * parts)), 1), stream, arranged.data_ptr(), *_parts(a), out.data_ptr(),
-        sums_at, m, rows, width, width // a.group, _shift(a, width), columns, token_tiles, whole, columns // parts,
-        tail,
+        (min(processors, max(whole, tail * parts)), 1), stream_of(index), arranged.data_ptr(), *_parts(a),
+        out.data_ptr(), sums_at, m, rows, width, width // a.group, _shift(a, width), 2 * steps, token_tiles, whole,
+        2 * steps // parts, tail,
     )  # fmt: skip
     if tail:
-        kernels.join((tail * tokens, 1), stream, sums_at, out.data_ptr(), m, rows, token_tiles, whole, parts)
+        kernels.join((tail * tokens, 1), stream_of(index), sums_at, out.data_ptr(), m, rows, token_tiles, whole, parts)

@@ -119,6 +119,16 @@ def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     return library.ffn(rows, w1, w3, w2, gate_up=gate_up).view(x.shape)
 
 
+def ffn_of_rows(x: Tensor, w1: Quantized, w3: Quantized, w2: Quantized) -> Tensor:
+    """x [M, D] -> [M, D], weights in few bits."""
+    from . import nvrtc_quantized
+
+    many = x.shape[0] > nvrtc_quantized.ROWS_MAX and x.dtype != float32
+    if many and nvrtc_quantized.gate_up_down_chosen(x, w1, w3, w2):
+        return nvrtc_quantized.gate_up_down(x, w1, w3, w2)
+    return product(gate_up_quantized(x, w1, w3), w2)
+
+
 def few_rows_quantized(x: Tensor, a: Quantized, b: Quantized | None) -> Tensor:
     """:func:`few_rows` of weights in few bits."""
     from . import nvrtc_quantized, quantized
@@ -179,4 +189,4 @@ def ffn_quantized(
 ) -> Tensor:  # fmt: skip
     w1, w3, w2 = library.records(values, scales, zeros, format, group)
     check_addresses("ffn", w1=w1, w3=w3, w2=w2)
-    return library.ffn_in_chunks(x, w1, lambda rows: product(gate_up_quantized(rows, w1, w3), w2))
+    return library.ffn_in_chunks(x, w1, lambda rows: ffn_of_rows(rows, w1, w3, w2))

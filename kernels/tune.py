@@ -291,13 +291,18 @@ def few_bits_problems() -> list[Problem]:
                 )
                 few = [few_bits_shape(nvrtc_quantized.few_rows, m, *shape, gated)]
                 found.append(Problem(f"quantized_cuda{suffix}", {**bound, "columns": columns}, cuda_tiles, few, rival))
-        for m in (64, 128, 2048, 8192) if sm90 else ():
+        for m in (64, 128, 512, 2048, 8192) if sm90 else ():
             run = quantized.linear if m <= 128 else chunks
             rival = ("quantized", {**sizes, "rows": min(m, 128)}, few_bits_shape(run, m, *shape))
             limit = {"rows": m} if m <= 2048 else {}
             found.append(
                 Problem("quantized_sm90", {**bound, **limit}, sm90_tiles, [few_bits_shape(many, m, *shape)], rival)
             )
+    if sm90:  # keys and values of many tokens
+        shape = (4, 1024, 8192)
+        rival = ("quantized", {"bits": 4, "per_processor": 7, "rows": 128}, few_bits_shape(chunks, 2048, *shape))
+        few = [few_bits_shape(many, 2048, *shape)]
+        found.append(Problem("quantized_sm90", {"per_processor": 8}, sm90_tiles, few, rival))
     return found
 
 

@@ -13,10 +13,12 @@
 typedef __half element;
 #define TYPE "f16"
 __device__ inline element narrow(float x) { return __float2half_rn(x); }
+__device__ inline float wide(element x) { return __half2float(x); }
 #else
 typedef __nv_bfloat16 element;
 #define TYPE "bf16"
 __device__ inline element narrow(float x) { return __float2bfloat16_rn(x); }
+__device__ inline float wide(element x) { return __bfloat162float(x); }
 #endif
 
 #if SCALE == 0

@@ -41,23 +41,68 @@ __device__ inline int column_of(int p) {
 #endif
 }
 
-// x [m, width] -> tiles [token tile][column block][TOKENS rows of 128 bytes, 16-byte pieces xor-ed with the row].
-extern "C" __global__ void arrange(const element* __restrict__ x, element* __restrict__ tiles, long long x_stride, int m,
-                                   int width, int blocks) {
+constexpr int kArrangeRows = 16, kPieces = kStepColumns / 8;  // pieces of 16 bytes in a step of a row
+
+union Piece {
+    uint4 whole;
+    element of[8];
+    __device__ Piece() : whole() {}
+};
+
+__device__ inline Piece piece_at(const element* p) {
+    Piece piece;
+    if (reinterpret_cast<unsigned long long>(p) % 16 == 0)
+        piece.whole = *reinterpret_cast<const uint4*>(p);
+    else
+        for (int i = 0; i < 8; ++i) piece.of[i] = p[i];
+    return piece;
+}
+
+// x [m, width] -> tiles [token tile][column block][TOKENS rows of 128 bytes, 16-byte pieces xor-ed with the row]. GATED:
+// of silu(x) * up. A block: 128 columns of 16 rows.
+template <bool GATED>
+__device__ inline void arrange_rows(const element* x, const element* up, element* tiles, long long x_stride, int m,
+                                    int width, int blocks) {
     asm volatile("griddepcontrol.launch_dependents;");  // those wait until this kernel has ended
-    const int c = threadIdx.x, first = blockIdx.x * kStepColumns;  // a block: 128 columns of 8 rows of a token tile
-    __shared__ element rows[8][kStepColumns];
+    __shared__ __align__(16) element rows[kArrangeRows][kStepColumns + 32];  // two rows in other banks
+    const int piece = threadIdx.x % kPieces, column = blockIdx.x * kStepColumns + piece * 8;
+    const int first = blockIdx.y * kArrangeRows;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int row = blockIdx.y * 8 + i;
-        rows[i][c] = row < m && first + c < width ? x[row * x_stride + first + c] : narrow(0.0f);
+    for (int row = threadIdx.x / kPieces; row < kArrangeRows; row += 128 / kPieces) {
+        Piece values;
+        if (first + row < m && column < width) {
+            values = piece_at(x + (first + row) * x_stride + column);
+            if (GATED) {
+                const Piece others = piece_at(up + (first + row) * x_stride + column);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float gate = wide(values.of[i]);
+                    values.of[i] = narrow(gate / (1.0f + __expf(-gate)) * wide(others.of[i]));
+                }
+            }
+        }
+        *reinterpret_cast<uint4*>(&rows[row][piece * 8]) = values.whole;
     }
     __syncthreads();
-    const long long tile = (long long)(blockIdx.y * 8 / TOKENS) * blocks + blockIdx.x * 2 + c / kBlockColumns;
-    element* to = tiles + (tile * TOKENS + blockIdx.y * 8 % TOKENS) * kBlockColumns;
+    const long long tile = (long long)(first / TOKENS) * blocks + blockIdx.x * 2 + piece / 8;
+    element* to = tiles + (tile * TOKENS + first % TOKENS) * kBlockColumns;
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-        to[i * kBlockColumns + ((c % kBlockColumns / 8) ^ i) * 8 + c % 8] = rows[i][column_of(c)];
+    for (int row = threadIdx.x / kPieces; row < kArrangeRows; row += 128 / kPieces) {
+        Piece values;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values.of[i] = rows[row][column_of(piece * 8 + i)];
+        *reinterpret_cast<uint4*>(to + row * kBlockColumns + (piece % 8 ^ row % 8) * 8) = values.whole;
+    }
+}
+
+extern "C" __global__ void arrange(const element* __restrict__ x, element* __restrict__ tiles, long long x_stride, int m,
+                                   int width, int blocks) {
+    arrange_rows<false>(x, nullptr, tiles, x_stride, m, width, blocks);
+}
+
+extern "C" __global__ void arrange_gated(const element* __restrict__ gate, const element* __restrict__ up,
+                                         element* __restrict__ tiles, long long stride, int m, int width, int blocks) {
+    arrange_rows<true>(gate, up, tiles, stride, m, width, blocks);
 }
 
 __device__ inline unsigned address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }

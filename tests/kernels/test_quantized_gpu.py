@@ -171,6 +171,16 @@ def test_ops(format, group, zeros, m, dtype):
     check(lambda: ops.ffn(x, w1, w3, w2), x, [w1, w3, w2], truth_of)
 
 
+@pytest.mark.parametrize("m", [17, 300])
+def test_ffn_in_two_formats_of_rows_that_are_not_aligned(m):
+    w1, w3 = (weight("int4", 1536, 576, 64, False) for _ in range(2))
+    w2 = weight("int8", 576, 1536, 0, False)
+    x = randn(m, 577, torch.bfloat16)[:, 1:]
+    truth_of = lambda x, w1, w3, w2: gated(x, w1, w3) @ w2.T  # noqa: E731
+    check(lambda: ops.ffn(x, w1, w3, w2), x, [w1, w3, w2], truth_of)
+    check(lambda: ops.linear(x, w1), x, [w1], product)
+
+
 def test_weights_past_two_to_the_31():
     width = 8192
     a = weight("int8", (1 << 31) // width + 16, width, 0, False)
