@@ -93,9 +93,10 @@ def clocks() -> dict[str, str]:
     """Clocks of the GPU now, as nvidia-smi tells them."""
     names = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
     try:
-        command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+        number = f"GPU-{torch.cuda.get_device_properties(0).uuid}"  # nvidia-smi counts hidden ones too
+        command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={number}"]
         line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, AssertionError, subprocess.SubprocessError):
         return {}
     return dict(zip(names, (value.strip() for value in line.split(",")), strict=False))
 
