@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -55,6 +55,13 @@ class Image:
             else:
                 merged.append(Segment(source, target, tensor.nbytes))
         return merged
+
+    def chunks(self, placements: Sequence[int], nbytes: int) -> Iterator[Segment]:
+        """:meth:`segments` in pieces of at most ``nbytes``."""
+        for segment in self.segments(placements):
+            for start in range(0, segment.nbytes, nbytes):
+                length = min(nbytes, segment.nbytes - start)
+                yield Segment(segment.source + start, segment.target + start, length)
 
     def check(self, digest: str) -> None:
         """Raises :class:`ChecksumError` unless ``digest`` is what was packed."""

@@ -5,7 +5,8 @@ memory); where the device has memory of its own, each sublayer is copied into *s
 mover thread, chunk by chunk as its bytes arrive; or, where it waits in DRAM and is next, by the computing
 thread, once that has made room. Both rings are first in, first out, because access is cyclic:
 a sublayer's place is free again once it was released. The cycle runs through the pass boundary, so
-while the head computes, the first sublayers of the next pass are already on their way.
+while the head computes, the first sublayers of the next pass are already on their way. Checksums are
+made beside that, those of consecutive reads on several cores: one core may hash more slowly than disks read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,15 +38,18 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 16 << 20
 STOP_S = 30.0
+HASHERS = 4
+"""Reads whose checksums may be made at once; there are no more than staging has room for."""
 
 
 @dataclass
 class _Read:
-    """A sublayer on its way from SSD into staging."""
+    """A sublayer on its way from SSD into staging; ``digest`` is None where nothing is checked."""
 
     sublayer: Sublayer
     slot: Slot
     request: Request
+    digest: Future[str] | None
 
 
 @dataclass
@@ -80,7 +86,7 @@ class Stream:
         self.plan = plan
         self._images, self._residents = images, residents
         self._device, self._reader, self._staging, self._trace = device, reader, staging, trace
-        self._verify = verify
+        self._hashing = ThreadPoolExecutor(HASHERS, "mhaffn-hash") if verify else None
         self._cycle = plan.streamed() if device.copies else plan.streamed("ssd")
         self._on_ssd = plan.streamed("ssd")
         self._positions = {sublayer: i for i, sublayer in enumerate(plan.tiers)}
@@ -169,6 +175,8 @@ class Stream:
             return
         self._closed = True
         self._stop()
+        if self._hashing is not None:
+            self._hashing.shutdown()
         self._reader.close()
         self._slots = torch.empty(0, dtype=torch.uint8)
         if self._staging is not None:
@@ -215,6 +223,9 @@ class Stream:
         for read in reads:
             with suppress(ReadError):
                 read.request.wait(STOP_S)
+        if os.getpid() == self._pid:  # no thread came along through a fork
+            wait_for([read.digest for read in reads if read.digest is not None], STOP_S)
+        for read in reads:
             read.slot.release()
         self._live.clear()
         for queue in (self._reads, self._arrivals, self._held, self._freed, self._copied):
@@ -233,7 +244,10 @@ class Stream:
             if offset is None:
                 return
             slot = self._staging.lease(nbytes, offset)
-            read = _Read(sublayer, slot, self._reader.submit(extents, slot))
+            image, request = self._images[sublayer], self._reader.submit(extents, slot)
+            hashing = self._hashing if image.records.checksum is not None else None
+            digest = hashing.submit(_digest, image, slot, request) if hashing is not None else None
+            read = _Read(sublayer, slot, request, digest)
             self._live.append(read)
             self._reads.append(read)
             self._next_read = (self._next_read + 1) % len(self._on_ssd)
@@ -321,25 +335,18 @@ class Stream:
             self._give_back(self._copied.popleft()[0])
 
     def _arriving(self, read: _Read) -> Iterator[Segment]:
-        """The runs of a read, in chunks, each as soon as it is in memory; ends by verifying the whole."""
-        records, request = self._images[read.sublayer].records, read.request
-        digest = xxhash.xxh3_64() if self._verify and records.checksum else None
-        with memoryview(read.slot) as buffer:
-            for segment in self._images[read.sublayer].segments(request.placements):
-                for start in range(0, segment.nbytes, CHUNK_BYTES):
-                    nbytes = min(CHUNK_BYTES, segment.nbytes - start)
-                    source = segment.source + start
-                    with self._lock:
-                        self._reclaim()
-                    request.wait_ready(source + nbytes)
-                    if digest is not None:
-                        digest.update(buffer[source : source + nbytes])
-                    yield Segment(source, segment.target + start, nbytes)
+        """The runs of a read, in chunks, each as soon as it is in memory; ends once the whole is verified."""
+        image, request = self._images[read.sublayer], read.request
+        for chunk in image.chunks(request.placements, CHUNK_BYTES):
+            with self._lock:
+                self._reclaim()
+            request.wait_ready(chunk.source + chunk.nbytes)
+            yield chunk
         request.wait()
-        self._trace.add("ssd", read.sublayer, self._moving_pass, request.started_s, request.finished_s, records.nbytes)
-        image = self._images[read.sublayer]
-        if digest is not None:
-            image.check(digest.hexdigest())
+        nbytes = image.records.nbytes
+        self._trace.add("ssd", read.sublayer, self._moving_pass, request.started_s, request.finished_s, nbytes)
+        if read.digest is not None:
+            image.check(read.digest.result())
         if read.sublayer not in self._checked:
             image.check_scales(torch.frombuffer(read.slot, dtype=torch.uint8), request.placements)
             self._checked.add(read.sublayer)
@@ -393,3 +400,13 @@ class Stream:
 
 class _StoppedError(Exception):
     """Ends the mover when the stream stops."""
+
+
+def _digest(image: Image, slot: Slot, request: Request) -> str:
+    """The checksum (XXH3-64, hex) of what ``request`` reads into ``slot``, made as its bytes become ready."""
+    digest = xxhash.xxh3_64()
+    with memoryview(slot) as buffer:
+        for chunk in image.chunks(request.placements, CHUNK_BYTES):
+            request.wait_ready(chunk.source + chunk.nbytes)
+            digest.update(buffer[chunk.source : chunk.source + chunk.nbytes])
+    return digest.hexdigest()

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from xxhash import xxh3_64
 
 from mhaffn.config import KINDS, Kind, Sublayer, order
 from mhaffn.device import HostDevice, HostMark
@@ -32,6 +33,7 @@ from mhaffn.report import make_report
 from mhaffn.runner import Runner
 from mhaffn.simulate import Links, Prediction, Work, predict
 from mhaffn.store import Store
+from mhaffn.store.pack import pack
 from mhaffn.trace import Phase, Trace
 from tests.conftest import Model
 
@@ -354,6 +356,39 @@ def test_without_prefetch_the_bound_is_out_of_reach(phase: Phase, machine: Machi
     speeds = machine.speeds(phase, faster)
     assert machine.simulate(plan, speeds).seconds * faster > 1.05 * target_s
     assert machine.execute(plan, speeds, phase, passes=2).steady_s * faster > 1.05 * target_s
+
+
+class SlowDigest:
+    """A checksum that a core makes at ``speed`` bytes a second."""
+
+    speed = 1.0
+
+    def __init__(self) -> None:
+        self._real, self._free_s = xxh3_64(), 0.0
+
+    def update(self, data: memoryview) -> None:
+        self._real.update(data)
+        self._free_s = max(time.perf_counter(), self._free_s) + len(data) / self.speed
+        sleep_until(self._free_s)
+
+    def hexdigest(self) -> str:
+        return self._real.hexdigest()
+
+
+@pytest.mark.parametrize(("cores", "slower"), [(4, False), (1, True)])
+def test_checksums_slower_than_the_disk_take_several_cores(
+    cores: int, slower: bool, machine: Machine, folder: Path, tmp_path: Path
+) -> None:
+    faster, share = 4.0, 0.75
+    plan, speeds = machine.plan(), machine.speeds("decode", faster)
+    machine.patch.setattr(SlowDigest, "speed", share * speeds.ssd)
+    packed = replace(machine, store=pack(folder, tmp_path / "packed"))
+    machine.patch.setattr("mhaffn.stream.HASHERS", cores)
+    machine.patch.setattr("mhaffn.stream.xxhash.xxh3_64", SlowDigest)
+    bound_s = machine.simulate(plan, speeds).bound_s
+    limit_s = 1.05 * bound_s
+    done = tried(lambda: packed.execute(plan, speeds, "decode", 2), lambda done: (done.steady_s > limit_s) == slower)
+    assert (done.steady_s >= 0.95 * bound_s / share) if slower else (done.steady_s <= limit_s)
 
 
 # Tier, times as fast as the seed, copies as fast beside that, the link that compute waits for.
