@@ -148,6 +148,8 @@ class Bench:
             except ModuleNotFoundError as problem:
                 package = PIP_NAMES.get((problem.name or "").partition(".")[0])
                 entries[name]["failed"] = f"not here: pip install {package}" if package else str(problem)
+            except NotImplementedError as problem:
+                entries[name]["failed"] = f"not here: {problem}"
             except Exception as problem:
                 entries[name]["failed"] = f"{type(problem).__name__}: {problem}"[:200]
         times = timing.by_turns(graphs, samples) if self.device.type == "cuda" else by_turns(ready, samples)
