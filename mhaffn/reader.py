@@ -196,7 +196,7 @@ class Reader:
         direct: Direct = "auto",
         strict: bool = False,
         block_bytes: int = 4 << 20,
-        depth: int = 8,
+        depth: int = 16,
         arena: PinnedArena | None = None,
     ) -> None:
         self.block_bytes, self.depth = block_bytes, depth
@@ -261,7 +261,7 @@ class DiskRow:
     cpu_ms_per_gb: float
 
 
-DISK_SETTINGS = [(4 << 20, 8), (1 << 20, 16), (16 << 20, 4), (1 << 20, 4), (4 << 20, 2), (256 << 10, 32)]
+DISK_SETTINGS = [(4 << 20, 16), (4 << 20, 8), (1 << 20, 16), (16 << 20, 4), (1 << 20, 4), (256 << 10, 32)]
 DISK_FILE_BYTES = 1 << 30
 DISK_ARENA_BYTES = 128 << 20
 
