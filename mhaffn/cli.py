@@ -126,6 +126,12 @@ def run(
         int | None, typer.Option(min=1, help="Draw from so many of the likeliest tokens [the model's].")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    lookup: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Guess so many tokens a pass from the text so far: where it repeats itself, fewer passes."
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt, before the prompt.")] = None,
     gpu: GpuOption = "auto",
     dram: DramOption = "auto",
@@ -173,7 +179,7 @@ def run(
         raw=raw,
         system=system,
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_p, top_k, seed),
+        sampling=Sampling(temperature, top_p, top_k, seed, lookup),
         trace=trace,
         timeline=timeline,
         table=report,

@@ -51,23 +51,28 @@ class Options:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen: the likeliest at a ``temperature`` of 0; None leaves what the model comes with."""
+    """How a token is chosen: the likeliest at a ``temperature`` of 0; None leaves what the model comes with.
+
+    ``lookup`` tokens a pass are guessed from the text so far and kept where they are right: fewer passes, same choice.
+    """
 
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
     seed: int = 0
+    lookup: int | None = None
 
     def options(self) -> dict[str, Any]:
         """What transformers' ``generate`` takes. Raises :class:`ConfigError` for limits on what is not drawn."""
         limits = {"top_p": self.top_p, "top_k": self.top_k}
         given = {name: value for name, value in limits.items() if value is not None}
+        guesses = {"prompt_lookup_num_tokens": self.lookup} if self.lookup else {}
         if self.temperature > 0:
-            return {"num_beams": 1, "do_sample": True, "temperature": self.temperature, **given}
+            return {"num_beams": 1, "do_sample": True, "temperature": self.temperature, **given, **guesses}
         if given:
             names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ConfigError(f"got {names} at a temperature of 0, which takes the likeliest token: give --temperature")
-        return GREEDY
+        return GREEDY | guesses
 
 
 def generate(
@@ -93,12 +98,13 @@ def generate(
     config = Store.open(folder).config
     tokenizer = open_tokenizer(folder)
     ids = encode(tokenizer, prompt, raw=raw, system=system, console=console)
-    limit = min(options.context or config.max_position_embeddings, config.max_position_embeddings)
+    guesses = sampling.lookup or 0  # come on top, in the pass of the prompt and in the last one too
+    limit = min(options.context or config.max_position_embeddings, config.max_position_embeddings - guesses)
     if ids.shape[1] >= limit:
         raise ConfigError(f"got a prompt of {ids.shape[1]} tokens, expected fewer than {limit}, the context")
     new_tokens = min(max_new_tokens, limit - ids.shape[1])
-    context = options.context or ids.shape[1] + new_tokens
-    loaded_options = asdict(options) | {"context": context, "tokens": ids.shape[1]}
+    context = (options.context or ids.shape[1] + new_tokens) + guesses
+    loaded_options = asdict(options) | {"context": context, "tokens": ids.shape[1] + guesses}
     with loading(console) as progress, load(folder, **loaded_options, progress=progress) as loaded:
         console.print(loaded.runner.plan.describe(), highlight=False)
         new: list[int] = []
@@ -108,6 +114,8 @@ def generate(
         reports = [make_report(runner.trace, phase, predicted=predicted.get(phase)) for phase in PHASES]
         info = runner.reader_info()
         console.print(render(reports, info) if table else summary(reports, info), highlight=False, soft_wrap=not table)
+        if sampling.lookup and new:
+            console.print(f"{len(new)} tokens in {len(runner.trace.passes)} passes over the weights", highlight=False)
         if not finished:
             console.print("interrupted", style="yellow")
         elif len(new) == new_tokens and new[-1] not in _ends(loaded):
@@ -283,7 +291,7 @@ class _TerminalText(TextStreamer):
         self._line = ""
 
     def put(self, value: torch.Tensor) -> None:
-        self._tokens += 1
+        self._tokens += value.numel() if self._tokens >= 0 else 1
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -367,3 +367,13 @@ def test_a_system_prompt_goes_into_the_chat_template(model: Path, here: Here) ->
     assert told[0] == 0 and told[1] == run("-p", "w5")[1]
     code, _, err = run("-p", "w9", "--system", "w5", "--raw")
     assert code == 2 and "got a system prompt, but --raw continues the text as it is" in err
+
+
+def test_lookup_gives_the_same_answer_in_fewer_passes(model: Path, here: Here) -> None:
+    words = ("run", model, "-p", "w5 w6 w5 w6", "--max-new-tokens", 40, "--dram", 0)
+    code, plain, err = here(*words)
+    assert code == 0 and "passes over the weights" not in err
+    code, guessed, err = here(*words, "--lookup", 5)
+    assert code == 0 and guessed == plain, err
+    tokens, passes = map(int, re.search(r"(\d+) tokens in (\d+) passes over the weights", err).groups())
+    assert tokens == 40 and 2 <= passes < 40
