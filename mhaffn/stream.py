@@ -49,7 +49,7 @@ class _Read:
     sublayer: Sublayer
     slot: Slot
     request: Request
-    digest: Future[str] | None
+    digest: Future[str] | None = None
 
 
 @dataclass
@@ -244,11 +244,11 @@ class Stream:
             if offset is None:
                 return
             slot = self._staging.lease(nbytes, offset)
-            image, request = self._images[sublayer], self._reader.submit(extents, slot)
-            hashing = self._hashing if image.records.checksum is not None else None
-            digest = hashing.submit(_digest, image, slot, request) if hashing is not None else None
-            read = _Read(sublayer, slot, request, digest)
+            read = _Read(sublayer, slot, self._reader.submit(extents, slot))
             self._live.append(read)
+            image = self._images[sublayer]
+            if self._hashing is not None and image.records.checksum is not None:
+                read.digest = self._hashing.submit(_digest, image, slot, read.request)
             self._reads.append(read)
             self._next_read = (self._next_read + 1) % len(self._on_ssd)
             self._change.notify_all()
