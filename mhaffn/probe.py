@@ -137,10 +137,11 @@ def _compute_s(kind: Kind, config: ModelConfig, tokens: int, context: int, devic
     """Median seconds of one sublayer in bfloat16; one token looks at ``context`` positions."""
     nbytes = 2 * Widths.of(config).weights(kind)
     shapes = config.sublayer_shapes(kind)
-    turns = itertools.cycle(
+    sets = [  # made before anything is timed
         Weights(**{name: torch.rand(shape, device=device, dtype=torch.bfloat16) / 64 for name, shape in shapes.items()})
         for _ in range(max(1, min(16, CACHES_BYTES // nbytes)))
-    )
+    ]
+    turns = itertools.cycle(sets)
 
     @contextmanager
     def weights() -> Iterator[Weights]:

@@ -7,14 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import mhaffn.cli
+from mhaffn.config import KINDS, Kind, ModelConfig
 from mhaffn.errors import ReadError
-from mhaffn.probe import measure
+from mhaffn.probe import _compute_s, measure
 from mhaffn.profile import Profile, Widths
 from mhaffn.store import Store
 from tests.conftest import Model
@@ -161,3 +164,17 @@ def test_a_profile_that_is_broken_is_named(tiny_model: Model, tmp_path: Path, he
     path.write_text(json.dumps({"format": 99}))
     code, _, err = here("plan", tiny_model())
     assert code == 2 and "mhaffn doctor --measure" in err and "profile.json" in err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_made_before_compute_is_timed(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, rand = [], torch.rand
+
+    def slow(*size: object, **options: object) -> torch.Tensor:
+        made.append(time.sleep(0.01))
+        return rand(*size, **options)
+
+    monkeypatch.setattr("torch.rand", slow)
+    config = ModelConfig("LlamaForCausalLM", 1, 64, 128, 4, 2, 16, 100, 1e-5, 512, False)
+    assert _compute_s(kind, config, 1, 16, torch.device("cpu")) < 0.01
+    assert len(made) > 8, "several sets, that no cache holds together"
