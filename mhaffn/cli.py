@@ -120,10 +120,10 @@ def run(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1.0, help="Draw from the likeliest tokens of this share [the model's]."),
+        typer.Option(min=0.01, max=1.0, help="Draw from the likeliest tokens of this share (the model's)."),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Draw from so many of the likeliest tokens [the model's].")
+        int | None, typer.Option(min=1, help="Draw from so many of the likeliest tokens (the model's).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     lookup: Annotated[
@@ -387,16 +387,16 @@ def plan(
         Path | None,
         typer.Option(help="A machine measured with `mhaffn doctor --measure`; by default the one measured here."),
     ] = None,
-    gpu: Annotated[str | None, typer.Option(help="GPU memory [unmeasured: 16GiB].")] = None,
-    dram: Annotated[str | None, typer.Option(help="Host memory for weights [unmeasured: 32GiB].")] = None,
-    ssd: Annotated[str | None, typer.Option(help="SSD speed a second [unmeasured: 5GB].")] = None,
+    gpu: Annotated[str | None, typer.Option(help="GPU memory (unmeasured: 16GiB).")] = None,
+    dram: Annotated[str | None, typer.Option(help="Host memory for weights (unmeasured: 32GiB).")] = None,
+    ssd: Annotated[str | None, typer.Option(help="SSD speed a second (unmeasured: 5GB).")] = None,
     h2d: Annotated[
         str | None,
-        typer.Option(help="Host-to-GPU speed a second: PCIe 4 x16 25GB, PCIe 5 x16 50GB [unmeasured: 25GB]."),
+        typer.Option(help="Host-to-GPU speed a second: PCIe 4 x16 25GB, PCIe 5 x16 50GB (unmeasured: 25GB)."),
     ] = None,
-    hbm: Annotated[str | None, typer.Option(help="GPU memory speed a second [unmeasured: 900GB].")] = None,
+    hbm: Annotated[str | None, typer.Option(help="GPU memory speed a second (unmeasured: 900GB).")] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0.1, help="bf16 TFLOP/s the GPU reaches [unmeasured: 100].")
+        float | None, typer.Option(min=0.1, help="bf16 TFLOP/s the GPU reaches (unmeasured: 100).")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 2048,
     context: Annotated[int, typer.Option(min=1, help="Positions in the KV cache.")] = 4096,
@@ -561,6 +561,7 @@ def bench(
     language = next((known for known in LANGUAGES if known == lang), None)
     if language is None:
         raise ConfigError(f"got --lang {lang}, expected one of {', '.join(LANGUAGES)}")
+    session.shape_of(shape)  # what is wrong with it, before a folder is made
     files.prepare(out)
     settings = session.Settings(
         shape=shape, quick=quick, seconds=seconds, tokens=tokens, layers=layers, gpu=gpu, dram=dram, device=device,

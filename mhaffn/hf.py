@@ -142,7 +142,8 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
 
     def _refuse(self, options: dict[str, Any]) -> None:
         for name in ("labels", "output_attentions", "output_hidden_states"):
-            if options.get(name):
+            given = options.get(name)
+            if given is not None and given is not False:
                 raise ConfigError(f"a streamed model does not take {name}; load the model with transformers for that")
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:

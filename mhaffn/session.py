@@ -155,10 +155,11 @@ def summary(reports: Iterable[Report | None], info: ReaderInfo) -> str:
             continue
         read = sum(row.nbytes for row in report.rows if row.lane == "ssd") / report.seconds_per_pass / 2**30
         ssd = f", SSD {read:.2f} GiB/s" if read else ""
+        busiest = max(report.busy, key=lambda link: report.busy[link])
         lines.append(
             f"{report.phase}: {report.tokens} tokens, {report.tokens / report.passes / report.seconds_per_pass:.2f} "
-            f"tokens/s, {report.seconds_per_pass:.2f} s a pass{ssd}; busiest: {report.bound_link} "
-            f"({report.share:.0%} of the time)"
+            f"tokens/s, {report.seconds_per_pass:.2f} s a pass{ssd}; busiest: {busiest} "
+            f"({report.busy[busiest] / report.seconds_per_pass:.0%} of the time)"
         )
     return "\n".join([*lines, engine_line(info).strip(), "--report shows each link's bytes, time and speed"])
 

@@ -43,7 +43,9 @@ def model(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     words = [str(argument) for argument in arguments]
-    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"} | environment
+    figures = os.environ.get("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))
+    no_profile = {"XDG_CACHE_HOME": os.devnull, "MPLCONFIGDIR": figures}  # of this machine
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"} | no_profile | environment
     return subprocess.run([*MHAFFN, *words], capture_output=True, text=True, timeout=120, env=environ)
 
 

@@ -321,6 +321,8 @@ def test_what_it_cannot_do_it_refuses(tiny_model: Model) -> None:
         for option in ("output_attentions", "output_hidden_states"):
             with pytest.raises(ConfigError, match=option):
                 model(prompt(), **{option: True})
+        with pytest.raises(ConfigError, match="labels"):
+            model(prompt(), labels=prompt())
         with pytest.raises(ConfigError, match="exactly one"):
             model()
         with pytest.raises(ConfigError, match="holds no weights to save"):
