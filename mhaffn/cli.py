@@ -275,10 +275,16 @@ def pack(
                 importance_of, text=calibrate,
                 progress=lambda done, total: bar.update(task, description="calibrating", completed=done, total=total),
             )  # fmt: skip
-        store = write_store(
-            source, target, dtype=dtype, formats=formats, importance=importance, mha_dir=mha_dir, ffn_dir=ffn_dir,
-            stripe=stripe or (), progress=show, remark=lambda text: bar.console.print(_escape(text), soft_wrap=True),
-        )  # fmt: skip
+        try:
+            store = write_store(
+                source, target, dtype=dtype, formats=formats, importance=importance, mha_dir=mha_dir, ffn_dir=ffn_dir,
+                stripe=stripe or (), progress=show,
+                remark=lambda text: bar.console.print(_escape(text), soft_wrap=True),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            bar.stop()
+            console.print("interrupted; the same command goes on from here", style="yellow")
+            raise typer.Exit(130) from None
     nbytes = sum(records.nbytes for records in store.sublayers.values())
     lines = [f"packed {len(store.sublayers)} sublayers, {format_bytes(nbytes)} ({store.dtype}), into {target}"]
     for kind, found in store.formats().items():

@@ -25,6 +25,7 @@ from mhaffn.opening import open_runner
 from mhaffn.plan import CHUNK_TOKENS, Tier
 from mhaffn.runner import Direct, Engine, Runner
 from mhaffn.store import Store, resolve
+from mhaffn.streamed import require_stay
 
 
 class StreamedLlama(PreTrainedModel, GenerationMixin):
@@ -155,6 +156,11 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
         raise ConfigError(
             f"a streamed model holds no weights to save; copy {self.runner.store.path}, or `mhaffn pack` it"
         )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What ``to()``, ``half()``, ``cuda()`` and the like call: nothing moves, or an error says why it cannot."""
+        require_stay(self.runner, fn)
+        return self
 
     def close(self) -> None:
         """Ends all transfers and frees all weights; may be called more than once."""

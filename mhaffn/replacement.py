@@ -58,6 +58,8 @@ def replace(model: nn.Module, *, store: str | Path | None = None, **options: Unp
     embedding, norm and head are loaded. Meta's model itself says the context and the batch. :func:`restore` ends the
     stream and frees its memory, and so does the end of the model.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"got a {type(model).__name__}, expected a model; mhaffn.load(path) makes one from a folder")
     if store is not None:
         return _stream(model, Store.open(resolve(store)), options)
     if options:

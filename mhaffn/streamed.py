@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Never
+from typing import Any, Never, Self
 
+import torch
 from torch import Tensor, nn
 
 from mhaffn.errors import ConfigError
@@ -26,6 +27,11 @@ class Owner(Streamed):
     runner: Runner
     undo: Callable[[], None]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to()``, ``half()``, ``cuda()`` and the like call for every parameter."""
+        require_stay(self.runner, fn)
+        return self
+
     def give_back(self) -> None:
         undo = self.undo
         for layer in self.layers:  # type: ignore[union-attr]
@@ -39,6 +45,17 @@ def fill(undo: ExitStack, module: nn.Module, name: str, tensor: Tensor) -> None:
     """Makes ``tensor`` the parameter ``name`` of ``module``, until ``undo`` is closed."""
     undo.callback(module._parameters.__setitem__, name, module._parameters[name])
     module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def require_stay(runner: Runner, change: Callable[[Tensor], Tensor]) -> None:
+    """Raises :class:`ConfigError` if ``change`` takes tensors to another dtype or device than the stream's."""
+    own = torch.empty(0, dtype=runner.dtype, device=runner.device)
+    changed = change(own)
+    if (changed.dtype, changed.device) != (own.dtype, own.device):
+        raise ConfigError(
+            f"got a move to {changed.dtype} on {changed.device} of a streamed model, whose weights arrive in "
+            f"{own.dtype} on {own.device}; load it with device= for another, or `mhaffn pack` it with --dtype"
+        )
 
 
 def require_meta(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -190,6 +191,27 @@ def test_pack_writes_a_store_and_refuses_a_full_folder(tiny_model: Model, tmp_pa
     assert code == 0 and "packed 6 sublayers, " in err and " (bfloat16), into " in err
     code, _, err = here("pack", tiny_model(), tmp_path / "store")
     assert code == 2 and "is not empty: it holds a finished store. Check it with `mhaffn verify" in err
+
+
+def test_a_pack_stopped_by_ctrl_c_says_how_to_go_on(
+    tiny_model: Model, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mhaffn import store
+
+    whole = store.pack
+
+    def stopped(*args: Any, progress: Any, **options: Any) -> Any:
+        def stop(state: Any) -> None:
+            raise KeyboardInterrupt
+
+        return whole(*args, progress=stop, **options)
+
+    monkeypatch.setattr(store, "pack", stopped)
+    code, _, err = here("pack", tiny_model(), tmp_path / "store")
+    assert code == 130 and "the same command goes on from here" in err
+    monkeypatch.undo()
+    code, _, err = here("pack", tiny_model(), tmp_path / "store")
+    assert code == 0 and "packed 6 sublayers" in err
 
 
 @pytest.mark.parametrize("spelling", ["one option", "an option each", "before"])

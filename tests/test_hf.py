@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,17 @@ def test_a_quantized_cache_is_refused(tiny_model: Model, device: str) -> None:
     cache = QuantizedCache.__new__(QuantizedCache)  # its constructor wants a quantisation library
     with streamed(tiny_model(), device) as model, pytest.raises(ConfigError, match="QuantizedCache"):
         model(prompt().to(device), past_key_values=cache)
+
+
+def test_it_stays_in_its_dtype_and_on_its_device(tiny_model: Model, device: str) -> None:
+    with streamed(tiny_model(), device) as model, torch.no_grad():
+        ids = prompt().to(device)
+        expected = model(ids).logits
+        for move in (model.half, partial(model.to, torch.bfloat16), partial(model.to, "meta")):
+            with pytest.raises(ConfigError, match=r"a move to .* of a streamed model"):
+                move()
+        assert model.to(device).to(model.dtype) is model
+        assert torch.equal(model(ids).logits, expected)
 
 
 def test_what_it_cannot_do_it_refuses(tiny_model: Model) -> None:

@@ -815,6 +815,8 @@ def test_models_it_does_not_know() -> None:
             mhaffn.replace(model)
         assert classes(model) == before
         mhaffn.restore(model)
+    with pytest.raises(ConfigError, match=r"got a str, expected a model; mhaffn.load\(path\)"):
+        mhaffn.replace("a/folder")  # type: ignore[arg-type]
 
 
 # --- the check at first use -----------------------------------------------------------------------------------------

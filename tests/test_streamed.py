@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,17 @@ def test_it_is_for_inference_and_cannot_be_copied(tiny_model: Model, tmp_path: P
             ours(IDS.to(device), past_key_values=quantized)
         with pytest.raises(ConfigError, match="context"):
             ours(torch.full((1, 257), 5, device=device))
+
+
+@torch.no_grad()
+def test_it_stays_in_its_dtype_and_on_its_device(tiny_model: Model, device: str) -> None:
+    _, ours = pair(tiny_model(), device)
+    expected = ours(IDS.to(device)).logits
+    for move in (ours.half, partial(ours.to, "meta")):
+        with pytest.raises(ConfigError, match=r"a move to .* of a streamed model"):
+            move()
+    assert ours.to(device).to(ours.dtype) is ours
+    assert torch.equal(ours(IDS.to(device)).logits, expected)
 
 
 def test_what_it_refuses(tiny_model: Model, device: str) -> None:
