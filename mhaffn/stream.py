@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 16 << 20
 STOP_S = 30.0
 HASHERS = 4
-"""Reads whose checksums may be made at once; there are no more than staging has room for."""
+"""Threads that make checksums, each of one read at a time."""
 
 
 @dataclass
 class _Read:
-    """A sublayer on its way from SSD into staging; ``digest`` is None where nothing is checked."""
+    """A sublayer on its way from SSD into staging; ``digest`` is its checksum, once made, or why there is none."""
 
     sublayer: Sublayer
     slot: Slot
     request: Request
-    digest: Future[str] | None = None
+    digest: str | BaseException | None = None
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Stream:
         self.plan = plan
         self._images, self._residents = images, residents
         self._device, self._reader, self._staging, self._trace = device, reader, staging, trace
-        self._hashing = ThreadPoolExecutor(HASHERS, "mhaffn-hash") if verify else None
+        self._verify = verify
         self._cycle = plan.streamed() if device.copies else plan.streamed("ssd")
         self._on_ssd = plan.streamed("ssd")
         self._positions = {sublayer: i for i, sublayer in enumerate(plan.tiers)}
@@ -108,7 +108,8 @@ class Stream:
         self._error: BaseException | None = None
         self._closed = self._stopping = False
         self._next = self._next_read = self._due = self._moving_pass = 0
-        self._mover: threading.Thread | None = None
+        self._unhashed: SimpleQueue[_Read | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
         if self._cycle:
             self._start(0, number=1)
 
@@ -175,8 +176,6 @@ class Stream:
             return
         self._closed = True
         self._stop()
-        if self._hashing is not None:
-            self._hashing.shutdown()
         self._reader.close()
         self._slots = torch.empty(0, dtype=torch.uint8)
         if self._staging is not None:
@@ -202,29 +201,36 @@ class Stream:
         self._next, self._next_read = index, next(ahead, 0)
         self._due, self._moving_pass = index, number
         self._stopping = False
+        self._unhashed = SimpleQueue()
         with self._lock:
             self._submit_reads()
-        self._mover = threading.Thread(target=self._move, name="mhaffn-mover", daemon=True)
-        self._mover.start()
+        checked = self._verify and any(self._checksum(sublayer) for sublayer in self._on_ssd)
+        for work in (self._move, *[self._hash] * (HASHERS if checked else 0)):
+            thread = threading.Thread(target=work, name=f"mhaffn{work.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def _stop(self) -> None:
-        """Ends the mover and all transfers, and takes every place in the rings back."""
+        """Ends the threads and all transfers, and takes every place in the rings back."""
         with self._lock:
             self._stopping = True
             reads = list(self._live)
             self._change.notify_all()
         for read in reads:
             read.request.cancel()
-        if self._mover is not None:
-            self._mover.join(STOP_S)
-            if self._mover.is_alive():
+        for _ in range(HASHERS):
+            self._unhashed.put(None)
+        until_s = time.monotonic() + STOP_S
+        for thread in self._threads:
+            if thread.ident is not None:  # else an interrupt came before it started
+                thread.join(max(0.0, until_s - time.monotonic()))
+            if thread.is_alive():
                 raise StreamError(f"transfers did not end within {STOP_S:.0f} s; their memory is kept, not reused")
+        self._threads.clear()
         self._device.settle()
         for read in reads:
             with suppress(ReadError):
                 read.request.wait(STOP_S)
-        if os.getpid() == self._pid:  # no thread came along through a fork
-            wait_for([read.digest for read in reads if read.digest is not None], STOP_S)
         for read in reads:
             read.slot.release()
         self._live.clear()
@@ -246,9 +252,8 @@ class Stream:
             slot = self._staging.lease(nbytes, offset)
             read = _Read(sublayer, slot, self._reader.submit(extents, slot))
             self._live.append(read)
-            image = self._images[sublayer]
-            if self._hashing is not None and image.records.checksum is not None:
-                read.digest = self._hashing.submit(_digest, image, slot, read.request)
+            if self._verify and self._checksum(sublayer):
+                self._unhashed.put(read)
             self._reads.append(read)
             self._next_read = (self._next_read + 1) % len(self._on_ssd)
             self._change.notify_all()
@@ -345,8 +350,8 @@ class Stream:
         request.wait()
         nbytes = image.records.nbytes
         self._trace.add("ssd", read.sublayer, self._moving_pass, request.started_s, request.finished_s, nbytes)
-        if read.digest is not None:
-            image.check(read.digest.result())
+        if self._verify and self._checksum(read.sublayer):
+            image.check(self._digest_of(read))
         if read.sublayer not in self._checked:
             image.check_scales(torch.frombuffer(read.slot, dtype=torch.uint8), request.placements)
             self._checked.add(read.sublayer)
@@ -393,20 +398,44 @@ class Stream:
                 self._moving_pass += 1
             self._change.notify_all()
 
+    # What the hashing threads do.
+
+    def _hash(self) -> None:
+        while (read := self._unhashed.get()) is not None:
+            try:
+                digest: str | BaseException = self._make_digest(read)
+            except BaseException as error:
+                digest = error
+            with self._lock:
+                read.digest = digest
+                self._change.notify_all()
+
+    def _make_digest(self, read: _Read) -> str:
+        """The checksum (XXH3-64, hex) of what was read, made as its bytes become ready."""
+        digest, request = xxhash.xxh3_64(), read.request
+        with memoryview(read.slot) as buffer:
+            for chunk in self._images[read.sublayer].chunks(request.placements, CHUNK_BYTES):
+                self._raise_if_stopping()
+                request.wait_ready(chunk.source + chunk.nbytes)
+                digest.update(buffer[chunk.source : chunk.source + chunk.nbytes])
+        return digest.hexdigest()
+
+    def _checksum(self, sublayer: Sublayer) -> str | None:
+        return self._images[sublayer].records.checksum
+
+    def _digest_of(self, read: _Read) -> str:
+        """The checksum of ``read``, as soon as it is made; raises what kept it from that."""
+        with self._lock:
+            while read.digest is None:
+                self._wait()
+        if isinstance(read.digest, BaseException):
+            raise read.digest
+        return read.digest
+
     def _raise_if_stopping(self) -> None:
         if self._stopping:
             raise _StoppedError
 
 
 class _StoppedError(Exception):
-    """Ends the mover when the stream stops."""
-
-
-def _digest(image: Image, slot: Slot, request: Request) -> str:
-    """The checksum (XXH3-64, hex) of what ``request`` reads into ``slot``, made as its bytes become ready."""
-    digest = xxhash.xxh3_64()
-    with memoryview(slot) as buffer:
-        for chunk in image.chunks(request.placements, CHUNK_BYTES):
-            request.wait_ready(chunk.source + chunk.nbytes)
-            digest.update(buffer[chunk.source : chunk.source + chunk.nbytes])
-    return digest.hexdigest()
+    """Ends a thread when the stream stops."""
