@@ -51,10 +51,10 @@ def run_demo(
     ids = encode(tokenizer, prompt, raw=False, console=console)
     options = Options(gpu=None, dram=None, context=ids.shape[1] + max_new_tokens, tokens=ids.shape[1], device=device)
     console.print(f"\n[bold]{prompt}[/]", highlight=False)
-    streamed: list[int] = []
     with loading(console) as progress, load(folder, **asdict(options), progress=progress) as model:
         sys.stdout.flush()
-        if not stream_text(model, tokenizer, ids, max_new_tokens, collect=streamed):
+        written = stream_text(model, tokenizer, ids, max_new_tokens)
+        if not written.finished:
             return False
         trace, info, plan, store = model.runner.trace, model.runner.reader_info(), model.runner.plan, model.runner.store
         link = "SSD → host → device" if model.runner.copies else "SSD → host"
@@ -68,10 +68,10 @@ def run_demo(
     )
     reports = [make_report(trace, "prefill"), make_report(trace, "decode", _least(trace, alone))]
     console.print(render(reports, info))
-    same = streamed == resident_tokens
+    same = written.tokens == resident_tokens
     console.print(f"  tokens identical to the resident model: [bold]{'yes' if same else 'NO'}[/]", highlight=False)
     if not same:
-        console.print(f"  streamed: {streamed}\n  resident: {resident_tokens}", highlight=False)
+        console.print(f"  streamed: {written.tokens}\n  resident: {resident_tokens}", highlight=False)
     console.print(f"  try       mhaffn run {folder} -p 'Tell me a story' --dram 0", highlight=False, soft_wrap=True)
     if results is not None:
         figures = [report.to_dict() for report in reports if report is not None]

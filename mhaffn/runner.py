@@ -26,6 +26,8 @@ from mhaffn.trace import Phase, Trace
 
 Engine = Literal["auto", "io_uring", "threads"]
 Direct = Literal["auto", "on", "off"]
+GUESSES_MAX = 63
+"""Tokens after the one due that a pass of decode may hold: they were guessed, and it tells which of them were right."""
 
 
 class Runner:
@@ -82,21 +84,25 @@ class Runner:
         """Token ids ``[B, T]`` to hidden states ``[B, T, D]``."""
         return embedding(ids, self.resident["embedding"])
 
-    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        """One pass over all sublayers: ``[B, T, D]`` to normalised hidden states ``[B, T, D]``.
+    def forward(self, x: torch.Tensor, context: Context, seen: int = 0) -> torch.Tensor:
+        """One pass over all sublayers, after ``seen`` tokens: ``[B, T, D]`` to normalised hidden states ``[B, T, D]``.
 
         Raises what the stream raises, and :class:`StreamError` while another pass runs.
         """
-        with self.one_pass(*x.shape[:2]):
+        with self.one_pass(x.shape[0], x.shape[1], seen):
             for block in self.blocks:
                 x = block(x, context)
         return ops.rms_norm(x, self.resident["norm"], self.config.norm_eps)
 
     @contextmanager
-    def one_pass(self, batch: int, tokens: int) -> Iterator[None]:
-        """Marks one pass of ``batch`` sequences of ``tokens`` each; raises :class:`StreamError` while another runs."""
-        phase: Phase = "prefill" if tokens > 1 else "decode"
-        with self._one_at_a_time(), self.trace.one_pass(phase, batch * tokens):
+    def one_pass(self, batch: int, new: int, seen: int) -> Iterator[None]:
+        """Marks one pass of ``batch`` sequences of ``new`` tokens each, after ``seen``.
+
+        A few tokens after others are decode: guesses come with the last one. Raises :class:`StreamError` while
+        another pass runs.
+        """
+        phase: Phase = "decode" if new == 1 or (seen and new <= GUESSES_MAX + 1) else "prefill"
+        with self._one_at_a_time(), self.trace.one_pass(phase, batch * new):
             yield
 
     def check_room(self, batch: int, seen: int, new: int) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class Options:
 class Sampling:
     """How a token is chosen: the likeliest at a ``temperature`` of 0; None leaves what the model comes with.
 
-    ``lookup`` tokens a pass are guessed from the text so far and kept where they are right: fewer passes, same choice.
+    ``lookup`` tokens a pass are guessed from the text so far and kept where they are right: fewer passes. The likeliest
+    tokens stay the same but where rounding tips a tie; drawn ones are others, of the same distribution.
     """
 
     temperature: float = 0.0
@@ -99,24 +100,31 @@ def generate(
     tokenizer = open_tokenizer(folder)
     ids = encode(tokenizer, prompt, raw=raw, system=system, console=console)
     guesses = sampling.lookup or 0  # come on top, in the pass of the prompt and in the last one too
-    limit = min(options.context or config.max_position_embeddings, config.max_position_embeddings - guesses)
+    known = config.max_position_embeddings
+    limit = min(options.context or known, known - guesses)
     if ids.shape[1] >= limit:
-        raise ConfigError(f"got a prompt of {ids.shape[1]} tokens, expected fewer than {limit}, the context")
+        room = f"--context {options.context}" if options.context else f"the {known} positions that the model knows"
+        among = f" and --lookup {guesses}" if guesses else ""
+        raise ConfigError(f"got a prompt of {ids.shape[1]} tokens{among}, expected fewer in all than {room}")
     new_tokens = min(max_new_tokens, limit - ids.shape[1])
-    context = (options.context or ids.shape[1] + new_tokens) + guesses
+    context = min((options.context or ids.shape[1] + new_tokens) + guesses, known)
     loaded_options = asdict(options) | {"context": context, "tokens": ids.shape[1] + guesses}
     with loading(console) as progress, load(folder, **loaded_options, progress=progress) as loaded:
         console.print(loaded.runner.plan.describe(), highlight=False)
-        new: list[int] = []
-        finished = stream_text(loaded, tokenizer, ids, new_tokens, sampling=sampling, collect=new)
-        runner = loaded.runner
+        written = stream_text(loaded, tokenizer, ids, new_tokens, sampling=sampling)
+        new, runner = written.tokens, loaded.runner
         predicted = predictions(runner, Workload(tokens=ids.shape[1], context=context))
-        reports = [make_report(runner.trace, phase, predicted=predicted.get(phase)) for phase in PHASES]
+        kept: dict[Phase, int] = {"prefill": ids.shape[1], "decode": len(new) - written.first}
+        reports = [
+            replace(report, tokens=kept[phase])
+            for phase in PHASES
+            if (report := make_report(runner.trace, phase, predicted=predicted.get(phase))) is not None
+        ]
         info = runner.reader_info()
         console.print(render(reports, info) if table else summary(reports, info), highlight=False, soft_wrap=not table)
         if sampling.lookup and new:
             console.print(f"{len(new)} tokens in {len(runner.trace.passes)} passes over the weights", highlight=False)
-        if not finished:
+        if not written.finished:
             console.print("interrupted", style="yellow")
         elif len(new) == new_tokens and new[-1] not in _ends(loaded):
             option = "--max-new-tokens" if new_tokens == max_new_tokens else "--context"
@@ -127,7 +135,7 @@ def generate(
         if timeline is not None:
             draw(runner.trace, timeline)
             console.print(f"timeline drawn in {timeline}", highlight=False)
-    return finished
+    return written.finished
 
 
 def predictions(runner: Runner, work: Workload) -> dict[Phase, Prediction]:
@@ -147,12 +155,10 @@ def predictions(runner: Runner, work: Workload) -> dict[Phase, Prediction]:
     }
 
 
-def summary(reports: Iterable[Report | None], info: ReaderInfo) -> str:
+def summary(reports: Iterable[Report], info: ReaderInfo) -> str:
     """What a run was, in a line a phase."""
     lines = []
     for report in reports:
-        if report is None:
-            continue
         read = sum(row.nbytes for row in report.rows if row.lane == "ssd") / report.seconds_per_pass / 2**30
         ssd = f", SSD {read:.2f} GiB/s" if read else ""
         busiest = max(report.busy, key=lambda link: report.busy[link])
@@ -231,6 +237,15 @@ def loading(console: Console) -> Iterator[Callable[[int, int], None]]:
         bar.stop()
 
 
+@dataclass(frozen=True)
+class Written:
+    """What was generated: token ids, how many of them the pass of the prompt gave, and whether it came to its end."""
+
+    tokens: list[int]
+    first: int
+    finished: bool
+
+
 def stream_text(
     model: StreamedLlama,
     tokenizer: PreTrainedTokenizerBase,
@@ -238,18 +253,14 @@ def stream_text(
     max_new_tokens: int,
     *,
     sampling: Sampling = Sampling(),
-    collect: list[int] | None = None,
-) -> bool:
-    """Generates to standard output, with a live line on a terminal; False if Ctrl-C ended it.
-
-    ``collect``, if given, gets the new token ids.
-    """
+) -> Written:
+    """Generates to standard output, with a live line on a terminal, until the end or Ctrl-C."""
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
     ids = ids.to(model.device)
     with _TerminalText(tokenizer, model.runner) as streamer, torch.inference_mode():
         try:
-            output = model.generate(
+            model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
@@ -258,19 +269,24 @@ def stream_text(
             )
         except KeyboardInterrupt:
             streamer.end()
-            return False
-    if collect is not None:
-        collect += output[0, ids.shape[1] :].tolist()
-    return True
+            finished = False
+        else:
+            finished = True
+    passes = streamer.passes
+    return Written([token for tokens in passes for token in tokens], len(passes[0]) if passes else 0, finished)
 
 
 class _TerminalText(TextStreamer):
-    """Prints text as it becomes final. On a terminal a last line shows tokens/s and SSD GiB/s meanwhile."""
+    """Prints text as it becomes final. On a terminal a last line shows tokens/s and SSD GiB/s meanwhile.
+
+    ``passes`` has the token ids that each pass gave.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, runner: Runner) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._runner = runner
         self._line = ""
+        self.passes: list[list[int]] = []
         self._tokens = -1  # the first call brings the prompt
         self._started_s = self._last_s = time.perf_counter()
         self._read_at_start = self._last_read = runner.reader_info().bytes_read
@@ -292,6 +308,8 @@ class _TerminalText(TextStreamer):
         self._line = ""
 
     def put(self, value: torch.Tensor) -> None:
+        if self._tokens >= 0:
+            self.passes.append(value.flatten().tolist())
         self._tokens += value.numel() if self._tokens >= 0 else 1
         super().put(value)
 

@@ -27,8 +27,8 @@ from mhaffn.meta import try_on_tiny
 from mhaffn.modules import FFN, MHA, Block, Context
 from mhaffn.runner import Runner
 from mhaffn.store import Store
-from mhaffn.streamed import Owner, Streamed, fill, require_meta, require_same
-from mhaffn.swap import PassMemo, own_forward, swap
+from mhaffn.streamed import Owner, Streamed, fill, parts_of, require_meta, require_same
+from mhaffn.swap import PassMemo, own_forward, swap, untouched
 
 
 class TransformerBlock(Streamed):
@@ -42,6 +42,7 @@ class TransformerBlock(Streamed):
     def forward(self, x: Tensor, start_pos: int, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
         """``mask``, where there is one, is causal; its numbers are not read."""
         self.check_inference(x)
+        self.check_parts()
         make = partial(_context, self.attentions, x.shape[0], mask is not None)
         context = self.memo.of(freqs_cis, make, start_pos, x.shape[0], leads=self.leads)
         return cast(Tensor, self.block(x, context))
@@ -83,7 +84,7 @@ class Transformer(Owner):
         if batch > self.params.max_batch_size:
             raise ConfigError(f"got {batch} sequences, expected at most {self.params.max_batch_size}, max_batch_size")
         self.runner.check_room(batch, start_pos, new)
-        with memory_errors(), self.runner.one_pass(batch, new):
+        with memory_errors(), self.runner.one_pass(batch, new, start_pos):
             h = model.tok_embeddings(tokens)
             freqs_cis = model.freqs_cis[start_pos : start_pos + new]
             mask = torch.empty((new, start_pos + new), device="meta") if new > 1 else None
@@ -138,12 +139,13 @@ def _transformer(model: nn.Module) -> tuple[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, llama3.Transformer):
             if own_forward(module, llama3.Transformer) and all(
-                own_forward(layer, llama3.TransformerBlock) for layer in module.layers
+                own_forward(layer, llama3.TransformerBlock) and all(map(untouched, parts_of(layer)))
+                for layer in module.layers
             ):
                 return name, module
             raise UnsupportedModelError(
-                f"got a {type(module).__name__} with a forward of its own, or layers with one, expected those of "
-                "Meta's Transformer; undo patches, hooks and mhaffn.replace first"
+                f"got a {type(module).__name__} with a forward of its own, or layers with one or hooks in them, "
+                "expected those of Meta's Transformer; undo patches, hooks and mhaffn.replace first"
             )
     raise UnsupportedModelError(f"got a {type(model).__name__}, expected Meta's Transformer, or what holds one")
 
@@ -181,7 +183,8 @@ def _require_same_angles(freqs_cis: Tensor, store: Store) -> None:
 def _put_on(transformer: Any, blocks: list[Block]) -> None:
     memo, attentions = PassMemo(), [layer.attention for layer in transformer.layers]
     for index, (layer, block) in enumerate(zip(transformer.layers, blocks, strict=True)):
-        swap(layer, TransformerBlock, block=block, attentions=attentions, memo=memo, leads=index == 0)
+        leads, parts = index == 0, parts_of(layer)
+        swap(layer, TransformerBlock, block=block, parts=parts, attentions=attentions, memo=memo, leads=leads)
 
 
 def _put_on_own_weights(model: Any) -> None:

@@ -129,7 +129,7 @@ def test_prompt_from_stdin_and_sampling_with_a_seed(model: Path, here: Here, mon
         (["MODEL", "--dram", "1KiB"], "--dram 1.00 KiB is too small.*needs at least"),
         (["MODEL", "--dram", "many"], "'many' as a size"),
         (["MODEL", "--gpu", "1GiB"], "the device is the CPU"),
-        (["MODEL", "--context", "3"], "prompt of 4 tokens, expected fewer than 3"),
+        (["MODEL", "--context", "3"], "prompt of 4 tokens, expected fewer in all than --context 3"),
         (["MODEL", "--engine", "psychic"], "psychic"),
         (["MODEL", "--device", "tpu"], "tpu"),
         (["MODEL", "--trace", "/no/such/folder/trace.json"], "/no/such/folder is no folder"),
@@ -401,3 +401,13 @@ def test_lookup_gives_the_same_answer_in_fewer_passes(model: Path, here: Here) -
     assert code == 0 and guessed == plain, err
     tokens, passes = map(int, re.search(r"(\d+) tokens in (\d+) passes over the weights", err).groups())
     assert tokens == 40 and 2 <= passes < 40
+    prompt, decoded = (int(re.search(rf"{phase}: (\d+) tokens", err).group(1)) for phase in ("prefill", "decode"))
+    assert prompt == 6 and 40 - 6 <= decoded < 40  # the pass of the prompt may have given more than one
+
+
+def test_lookup_keeps_to_what_the_model_knows(model: Path, here: Here) -> None:
+    words = ("run", model, "-p", "w5 w6 w5 w6", "--max-new-tokens", 2, "--dram", 0)
+    code, _, err = here(*words, "--lookup", 10, "--context", 256)
+    assert code == 0, err
+    code, _, err = here(*words, "--lookup", 300)
+    assert code == 2 and "a prompt of 6 tokens and --lookup 300, expected fewer in all than the 256 positions" in err
