@@ -131,10 +131,13 @@ def attend(
 def as_bool(mask: Tensor) -> Tensor:
     """A 4-D mask in bool, True where a query may look.
 
-    Raises :class:`ConfigError` for one that adds anything but 0 or the least number of its dtype to the scores.
+    Raises :class:`ConfigError` for one that adds anything but 0 or the least number of its dtype to the scores, and
+    for one of whole numbers.
     """
     if mask.dtype == torch.bool:
         return mask
+    if not mask.is_floating_point():
+        raise ConfigError(f"got a 4-D attention_mask of {mask.dtype}, expected torch.bool or what is added to scores")
     least = torch.finfo(mask.dtype).min / 2
     if not ((mask == 0) | (mask <= least)).all():
         raise ConfigError("got an attention_mask with biases, expected 0 or the least number of its dtype")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Never, Self
 
 import torch
 from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
 
-from mhaffn.attention_interface import as_bool
+from mhaffn.attention_interface import REFUSED, as_bool
 from mhaffn.budget import Budget
 from mhaffn.config import FEW_BITS, Sublayer
 from mhaffn.device import memory_errors
@@ -54,6 +55,7 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
     def dtype(self) -> torch.dtype:
         return self.runner.dtype
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a captured graph would know places, not sublayers
     def forward(
         self,
@@ -72,11 +74,12 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
         supported, and what the stream raises when a read fails.
         """
         self._refuse(kwargs)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         hidden, cache = self.hidden(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         with memory_errors():
             logits = self.runner.head(hidden[:, keep])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache is not False else None)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
 
     def hidden(
         self,
@@ -113,7 +116,7 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
             cache=past_key_values,
         )  # fmt: skip
         with memory_errors():
-            return self.runner.forward(x, context), past_key_values
+            return self.runner.forward(x, context, seen), past_key_values
 
     def _mask(
         self,
@@ -142,14 +145,30 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
         return (None, True) if mask is None else (as_bool(mask), False)
 
     def _refuse(self, options: dict[str, Any]) -> None:
-        for name in ("labels", "output_attentions", "output_hidden_states"):
-            given = options.get(name)
-            if given is not None and given is not False:
-                raise ConfigError(f"a streamed model does not take {name}; load the model with transformers for that")
+        given = {name: value for name, value in options.items() if value is not None}
+        outputs = {name: getattr(self.config, name, False) for name in ("output_attentions", "output_hidden_states")}
+        asked = [name for name, value in (outputs | given).items() if name in outputs and value]
+        asked += [name for name in ("labels", *REFUSED) if name in given]
+        if not given.get("is_causal", True):
+            asked.append("is_causal=False")
+        if asked:
+            raise ConfigError(f"a streamed model does not take {asked[0]}; load the model with transformers for that")
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         """Never: a captured CUDA graph would read places in memory where other sublayers lie by then."""
         return False
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Token ids to the vectors that ``inputs_embeds=`` takes; it shares the memory of the stream's own."""
+        embedding: torch.nn.Module = torch.nn.Embedding.from_pretrained(self.runner.resident["embedding"])
+        return embedding
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Never:
+        """Refused: the weights are on disk."""
+        raise ConfigError("a streamed model keeps its vocabulary; resize it with transformers, and save and pack that")
+
+    def __reduce_ex__(self, protocol: Any) -> Never:
+        raise ConfigError("a streamed model cannot be copied or pickled; load another")
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the weights are on disk already, and not in this model."""

@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache, QuantizedCache, StaticLayer
 from mhaffn import ops
 from mhaffn.attention_interface import NAME, attend, register_attention
 from mhaffn.errors import ConfigError, UnsupportedModelError
-from mhaffn.swap import Found, PassMemo, Swapped, own_forward, plain_weight, swap
+from mhaffn.modules import extended
+from mhaffn.swap import Found, PassMemo, Swapped, no_global_hooks, own_forward, plain_weight, swap, untouched
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 TOLERANCE = 1e-4
@@ -45,8 +46,10 @@ class MLP(Swapped):
         self.check_inference(x)
         parts: dict[str, Any] = self._modules  # plain lookups: a module's own are slow
         gate, up, down = parts["gate_proj"], parts["up_proj"], parts["down_proj"]
-        plain = plain_weight(gate) and plain_weight(up) and plain_weight(down)
+        plain = plain_weight(gate) and plain_weight(up) and plain_weight(down) and is_silu(parts["act_fn"])
         if not plain or gate.weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+            return cast(Tensor, super().forward(x))
+        if gate.bias is not None or up.bias is not None or down.bias is not None:
             return cast(Tensor, super().forward(x))
         return ops.ffn(x, gate.weight, up.weight, down.weight)
 
@@ -58,6 +61,7 @@ class Attention(Swapped):
     layer_idx: int
     head_dim: int
     scaling: float
+    is_causal: bool
     attention_dropout: float
     memo: PassMemo
     leads: bool
@@ -91,8 +95,7 @@ class Attention(Swapped):
         q, k = ops.rope(q, k, cos, sin)
         kv_lens = None
         if past_key_values is not None:
-            keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-            k, v = keys.transpose(1, 2), values.transpose(1, 2)
+            k, v = extended(past_key_values, k, v, self.layer_idx)
             layer = past_key_values.layers[self.layer_idx]
             if type(layer) is StaticLayer and attention_mask is not None and attention_mask.dim() == 4:
                 kv_lens = layer.cumulative_length.reshape(1).repeat(B)  # the mask says it too, but not where to stop
@@ -110,6 +113,8 @@ class Attention(Swapped):
             self.config._attn_implementation == NAME
             and not options.get("output_attentions")
             and options.get("cache") is None
+            and self.is_causal
+            and options.get("is_causal") in (None, True)
             and (mask is None or mask.dim() != 4 or mask.dtype == torch.bool)
             and not (self.training and self.attention_dropout)
             and not torch.is_autocast_enabled(x.device.type)
@@ -137,7 +142,7 @@ class DecoderLayer(Swapped):
             position_embeddings=position_embeddings, **kwargs,
         )  # fmt: skip
         weight = norm._parameters.get("weight")
-        plain = isinstance(norm, RMSNorm) and not norm._forward_hooks and not norm._forward_pre_hooks
+        plain = isinstance(norm, RMSNorm) and untouched(norm) and no_global_hooks()
         if plain and type(weight) is nn.Parameter and y.dtype == hidden_states.dtype == weight.dtype:
             y, residual = ops.add_rms_norm(y, hidden_states, weight, norm.variance_epsilon)
         else:
@@ -158,6 +163,10 @@ def refuse_quantized(cache: Cache | None) -> None:
 def _project(layer: Any, x: Tensor) -> Tensor:
     """``layer(x)``, without the cost of a module call where there is nothing to it but the product."""
     return linear(x, layer.weight, layer.bias) if plain_weight(layer) else cast(Tensor, layer(x))
+
+
+def is_silu(activation: Any) -> bool:
+    return type(activation).__name__ in ("SiLU", "SiLUActivation") and untouched(activation)
 
 
 def halves(sin: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,8 +255,8 @@ def _why_not_mlp(mlp: nn.Module) -> str | None:
         return reason
     if any(getattr(mlp, name).bias is not None for name in names):
         return "it has biases, which mhaffn.ops.ffn does not take"
-    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        return f"its activation is {type(mlp.act_fn).__name__}, expected SiLU"
+    if not is_silu(mlp.act_fn):
+        return f"its activation is {type(mlp.act_fn).__name__}, expected SiLU without hooks"
     return None
 
 

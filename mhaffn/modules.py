@@ -33,6 +33,19 @@ class KVCache(Protocol):
         """Appends keys and values ``[B, H, T, K]``; returns all of them, ``[B, H, S, K]``."""
 
 
+def extended(cache: KVCache, k: torch.Tensor, v: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All keys and values of ``layer``, ``[B, S, H, K]``: those in ``cache``, then the new ``k`` and ``v``.
+
+    An offloaded cache fetches the next layer's meanwhile. In transformers 5.17 that waits for nothing queued before,
+    not for the same keys to leave, nor for the memory to be read that it writes to: wrong keys where a GPU lags.
+    """
+    fetching = getattr(cache, "prefetch_stream", None)
+    if fetching is not None:
+        fetching.wait_stream(torch.cuda.current_stream(k.device))
+    keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
+    return keys.transpose(1, 2), values.transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Context:
     """What all layers of one pass share.
@@ -86,8 +99,7 @@ class MHA(nn.Module):
         v = ops.linear(h, w.wv).view(B, T, -1, K)
         q, k = ops.rope(q, k, context.cos, context.sin)
         if context.cache is not None:
-            keys, values = context.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
-            k, v = keys.transpose(1, 2)[:, : context.length], values.transpose(1, 2)[:, : context.length]
+            k, v = (each[:, : context.length] for each in extended(context.cache, k, v, self.layer))
         y = ops.attention(q, k, v, causal=context.causal, mask=context.mask)
         return ops.linear(y.reshape(B, T, -1), w.wo)
 

@@ -31,8 +31,8 @@ from mhaffn.modules import FFN, MHA, Block, Context
 from mhaffn.plan import CHUNK_TOKENS
 from mhaffn.runner import Runner
 from mhaffn.store import Store
-from mhaffn.streamed import Owner, Streamed, fill, require_meta, require_same
-from mhaffn.swap import PassMemo, own_forward, swap
+from mhaffn.streamed import Owner, Streamed, fill, parts_of, require_meta, require_same
+from mhaffn.swap import PassMemo, own_forward, swap, untouched
 
 
 class Layer(Streamed):
@@ -53,6 +53,7 @@ class Layer(Streamed):
         **kwargs: Any,
     ) -> Tensor:
         self.check_inference(hidden_states)
+        self.check_parts()
         assert position_embeddings is not None  # transformers' own loop gives them
         cos, sin = position_embeddings
         make = partial(_context, sin, attention_mask, past_key_values)
@@ -97,7 +98,7 @@ class Base(Owner):
         self.runner.check_room(batch, seen, new)
         keeps = self.config.use_cache if use_cache is None else use_cache
         steps = past_key_values is None and not keeps and new > CHUNK_TOKENS  # later ones need the keys of the first
-        with memory_errors(), self.runner.one_pass(batch, new):
+        with memory_errors(), self.runner.one_pass(batch, new, seen):
             output = super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=DynamicCache(config=self.config) if steps else past_key_values,
@@ -163,12 +164,12 @@ def _base(model: nn.Module) -> tuple[str, Any]:
                 continue
             layers = [huggingface.upstream_of(type(layer)) for layer in module.layers]
             if not own_forward(module, upstream) or not all(
-                known is not None and own_forward(layer, known)
+                known is not None and own_forward(layer, known) and all(map(untouched, parts_of(layer)))
                 for layer, known in zip(module.layers, layers, strict=True)
             ):
                 raise UnsupportedModelError(
-                    f"got a {type(module).__name__} with a forward of its own, or layers with one, expected those of "
-                    f"transformers' {upstream.__name__}; undo patches, hooks and mhaffn.replace first"
+                    f"got a {type(module).__name__} with a forward of its own, or layers with one or hooks in them, "
+                    f"expected those of transformers' {upstream.__name__}; undo patches, hooks, mhaffn.replace first"
                 )
             return name, module
     known = " or ".join(f"{FAMILIES[family]}Model" for family in ARCHITECTURES.values())
@@ -191,7 +192,7 @@ def _put_on(base: Any, blocks: list[Block]) -> None:
     base.config._attn_implementation = NAME
     memo = PassMemo()
     for index, (layer, block) in enumerate(zip(base.layers, blocks, strict=True)):
-        swap(layer, Layer, block=block, memo=memo, leads=index == 0)
+        swap(layer, Layer, block=block, parts=parts_of(layer), memo=memo, leads=index == 0)
 
 
 def _put_on_own_weights(model: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as calls
 
 
 class Swapped(nn.Module):
@@ -92,9 +93,19 @@ def own_forward(module: nn.Module, upstream: type[nn.Module]) -> bool:
     )
 
 
+def untouched(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs the forward of its class and nothing else: no hook of its own, no patch."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def no_global_hooks() -> bool:
+    """Whether there are none that all modules call."""
+    return not (calls._global_forward_hooks or calls._global_forward_pre_hooks)
+
+
 def plain_weight(linear: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> bool:
     """Whether ``linear`` is no more than a product with its weight: no adapter, hook, quantised or sharded weight."""
-    if type(linear) not in kinds or linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
+    if type(linear) not in kinds or not untouched(linear) or not no_global_hooks():
         return False
     return type(linear._parameters.get("weight")) in (nn.Parameter, Tensor)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import threading
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,7 @@ import mhaffn
 from mhaffn.config import Sublayer, order
 from mhaffn.errors import BudgetError, ConfigError, StreamError
 from tests.conftest import Model
-from tests.test_evaluate import with_tokenizer
+from tests.test_evaluate import WORDS, with_tokenizer
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gqa 9/3": {},
@@ -212,11 +215,35 @@ def test_generate_gives_the_tokens_of_transformers(options: dict[str, Any], tiny
     ids = prompt(1, 9).to(device)
     reference = open_reference(folder, device)
     torch.manual_seed(3)
-    expected = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **options)
+    theirs = dict(options)
+    if "offloaded" in theirs.get("cache_implementation", ""):
+        del theirs["cache_implementation"]  # whose transfers overtake each other in transformers 5.17
+    expected = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **theirs)
     with streamed(folder, device) as model:
         torch.manual_seed(3)
         got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **options)
     assert got.tolist() == expected.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_keys_stay_in_order_on_a_gpu_that_lags(cache: str, tiny_model: Model) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("caches are offloaded from a GPU")
+    ids = prompt(2, 9).cuda()
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    with streamed(tiny_model(), "cuda", batch=2) as model:
+        expected = model.generate(ids, **options)
+        embed = model.runner.embed
+
+        def late(ids: torch.Tensor) -> torch.Tensor:
+            torch.cuda._sleep(20_000_000)  # 10 ms, in which the whole pass is queued
+            return embed(ids)
+
+        model.runner.embed = late  # type: ignore[method-assign]
+        for _ in range(3):
+            got = model.generate(ids, cache_implementation=cache, disable_compile=True, **options)
+            assert got.tolist() == expected.tolist()
 
 
 def test_a_pipeline_chats(tiny_model: Model, tmp_path: Path, device: str) -> None:
@@ -317,6 +344,67 @@ def test_a_quantized_cache_is_refused(tiny_model: Model, device: str) -> None:
         model(prompt().to(device), past_key_values=cache)
 
 
+@torch.no_grad()
+def test_outputs_are_what_the_config_and_the_call_ask_for(tiny_model: Model, device: str) -> None:
+    reference = open_reference(tiny_model(), device)
+    with streamed(tiny_model(), device) as model:
+        ids = prompt().to(device)
+        for each in (reference, model):
+            assert [type(part).__name__ for part in each(ids, return_dict=False)] == ["Tensor", "DynamicCache"]
+            each.config.use_cache = False
+            assert each(ids).past_key_values is None
+            assert each(ids, use_cache=True).past_key_values is not None
+            each.config.use_cache = True
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.equal(embeds, reference.get_input_embeddings()(ids))
+        assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+
+
+def test_a_stop_string_ends_the_text(tiny_model: Model, tmp_path: Path, device: str) -> None:
+    words = ["abcdef", *(f"w{i}" for i in range(WORDS - 1))]  # transformers tries tokens behind the first
+    folder = with_tokenizer(tiny_model(), tmp_path / "model", words)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = prompt().to(device)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    with streamed(folder, device) as model:
+        whole = model.generate(ids, **options)[0, ids.shape[1] :].tolist()
+        stop = tokenizer.decode([whole[4]])
+        got = model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **options)[0, ids.shape[1] :].tolist()
+    assert got == whole[: whole.index(whole[4]) + 1] and len(got) < len(whole)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@torch.no_grad()
+def test_compiled_it_gives_the_same_and_no_graph_is_captured(backend: str, tiny_model: Model, device: str) -> None:
+    with streamed(tiny_model(), device) as model:
+        ids = prompt().to(device)
+        expected = model(ids).logits
+        compiled = torch.compile(model, backend=backend)
+        for _ in range(2):
+            assert torch.equal(compiled(ids).logits, expected)
+        options = {"max_new_tokens": 4, "cache_implementation": "static"}
+        config, _ = model._prepare_generation_config(None, **options)
+        assert not model._valid_auto_compile_criteria({"past_key_values": None}, config)
+        model.get_compiled_call = lambda *_: pytest.fail("compiled for a static cache")
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+@pytest.mark.gpu
+def test_close_gives_the_memory_of_the_gpu_back(tiny_model: Model) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    folder, ids = tiny_model(), prompt().cuda()
+    with mhaffn.load(folder, device="cuda", gpu="64MiB") as model:
+        model(ids)  # libraries take their workspaces
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for tiers in (None, dict.fromkeys(order(3), "gpu"), dict.fromkeys(order(3), "dram")):
+        with mhaffn.load(folder, device="cuda", gpu=None, dram=None, tiers=tiers) as model:
+            model(ids)
+            assert torch.cuda.memory_allocated() > before
+        assert torch.cuda.memory_allocated() <= before + 4096  # the rotary angles are the model's own
+
+
 def test_it_stays_in_its_dtype_and_on_its_device(tiny_model: Model, device: str) -> None:
     with streamed(tiny_model(), device) as model, torch.no_grad():
         ids = prompt().to(device)
@@ -335,6 +423,21 @@ def test_what_it_cannot_do_it_refuses(tiny_model: Model) -> None:
                 model(prompt(), **{option: True})
         with pytest.raises(ConfigError, match="labels"):
             model(prompt(), labels=prompt())
+        with pytest.raises(ConfigError, match="is_causal=False"):
+            model(prompt(), is_causal=False)
+        whole = torch.ones(1, 1, 21, 21, dtype=torch.int64)
+        with pytest.raises(ConfigError, match=r"4-D attention_mask of torch\.int64"):
+            model(prompt(), attention_mask=whole)
+        for act in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(ConfigError, match="cannot be copied or pickled"):
+                act(model)
+        with pytest.raises(ConfigError, match="keeps its vocabulary"):
+            model.resize_token_embeddings(300)
+        model.config.output_hidden_states = True
+        with pytest.raises(ConfigError, match="output_hidden_states"):
+            model(prompt())
+        model(prompt(), output_hidden_states=False)
+        model.config.output_hidden_states = False
         with pytest.raises(ConfigError, match="exactly one"):
             model()
         with pytest.raises(ConfigError, match="holds no weights to save"):

@@ -283,8 +283,11 @@ def test_generate_with_an_offloaded_cache() -> None:
         pytest.skip("no CUDA GPU")
     model, other = pair("cuda")
     ids = prompt(2, 9, "cuda")
-    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "offloaded"}
-    assert model.generate(ids, **options).tolist() == other.generate(ids, **options).tolist()
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, **options).tolist()
+    other.model.embed_tokens.register_forward_pre_hook(lambda *_: torch.cuda._sleep(20_000_000))  # so that it lags
+    for _ in range(3):
+        assert other.generate(ids, cache_implementation="offloaded", **options).tolist() == expected
 
 
 @torch.no_grad()
@@ -764,10 +767,68 @@ def instance_forward(model: Any) -> None:
         part.forward = lambda x, forward=part.forward: forward(x) * 1.5
 
 
+def biased(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.up_proj.bias = nn.Parameter(torch.ones_like(layer.mlp.up_proj.weight[:, 0]), requires_grad=False)
+
+
+def other_activation(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn = nn.Tanh()
+
+
+def activation_hook(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def norm_forward(model: Any) -> None:
+    norm = model.model.layers[0].post_attention_layernorm
+    norm.forward = lambda x, forward=norm.forward: forward(x) * 1.5
+
+
+def bidirectional(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+
+
+CHANGES = [
+    lora, hook, pre_hook, parametrized, weight_subclass, instance_forward, biased, other_activation, activation_hook,
+    norm_forward, bidirectional,
+]  # fmt: skip
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "change", [lora, hook, pre_hook, parametrized, weight_subclass, instance_forward], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("change", [activation_hook, bidirectional, biased, norm_forward], ids=lambda f: f.__name__)
+def test_what_was_changed_before_counts(change: Callable[[Any], None], device: str) -> None:
+    model, other = make(device=device), make(device=device)
+    plain = model(ids := prompt(2, 9, device)).logits
+    change(model)
+    change(other)
+    expected = model(ids).logits
+    assert (expected - plain).abs().max() > 0.1
+    mhaffn.replace(other)
+    assert (other(ids).logits - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_hooks_of_all_modules_count(device: str) -> None:
+    model, other = pair(device)
+    ids = prompt(2, 9, device)
+    plain = model(ids).logits
+
+    def louder(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * 1.5 if type(module) is nn.Linear or type(module).__name__.endswith("RMSNorm") else None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(louder)
+    try:
+        expected = model(ids).logits
+        assert (expected - plain).abs().max() > 0.1
+        assert (other(ids).logits - expected).abs().max() <= 1e-4
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_what_is_added_afterwards_counts(change: Callable[[Any], None], device: str) -> None:
     model, other = pair(device)
     ids = prompt(2, 9, device)

@@ -157,16 +157,21 @@ def test_a_long_prompt_takes_several_steps(
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_beams": 3}, {"do_sample": True}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3},
-     {"prefill_chunk_size": 4}, {"use_cache": False}],
+     {"prefill_chunk_size": 4}, {"use_cache": False},
+     pytest.param({"cache_implementation": "offloaded"}, marks=pytest.mark.gpu)],
     ids=str,
 )  # fmt: skip
 def test_generate_gives_the_tokens_of_transformers(options: dict[str, Any], tiny_model: Model, device: str) -> None:
+    if device == "cpu" and options.get("cache_implementation") == "offloaded":
+        pytest.skip("caches are offloaded from a GPU")
     theirs, ours = pair(tiny_model(), device, batch=3)
     ids = IDS.to(device)
     found = []
-    for model in (theirs, ours):
+    for model in (ours, theirs):
         torch.manual_seed(3)
         found.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **options))
+        if options.get("cache_implementation") == "offloaded":
+            options = {}  # whose transfers overtake each other in transformers 5.17
     assert torch.equal(*found)
     assert not ours._valid_auto_compile_criteria({}, ours.generation_config)
 
@@ -303,8 +308,15 @@ def test_what_it_refuses(tiny_model: Model, device: str) -> None:
     patched = empty(folder)
     patched.model.layers[1].forward = lambda *args, **kwargs: args[0]
     nothing_changed(patched, "forward of its own", UnsupportedModelError)
+    hooked = empty(folder)
+    hooked.model.layers[1].self_attn.register_forward_hook(lambda module, args, output: output)
+    nothing_changed(hooked, "hooks in them", UnsupportedModelError)
     streamed = empty(folder)
     mhaffn.replace(streamed, store=folder, device=device)
+    handle = streamed.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(ConfigError, match="LlamaMLP inside a streamed layer"), torch.no_grad():
+        streamed(IDS.to(device))
+    handle.remove()
     with pytest.raises(UnsupportedModelError):
         mhaffn.replace(streamed, store=folder, device=device)
     mhaffn.restore(streamed)

@@ -112,6 +112,62 @@ def check_quantized() -> None:
                 close(quantized.linear(x, a, b), torch.nn.functional.silu(gate) * up)
 
 
+def check_model() -> None:
+    """Logits of whole models, replaced, with every operation a Triton kernel: a left-padded prompt, then a token."""
+    from mhaffn.kernels import library
+
+    assert "mhaffn.ops" not in sys.modules, "operations are registered on import"
+
+    tile = {**TINY_PREFILL, "DESCRIPTOR": 0}
+
+    def attention(q, k, v, causal, kv_lens, mask, scale):
+        if q.shape[1] <= 8:
+            return attention_decode.attention_decode(q, k, v, causal, kv_lens, mask, scale)
+        return attention_prefill.attention_prefill(q, k, v, causal, kv_lens, mask, scale, tile)
+
+    used = {"rms_norm": rmsnorm.rms_norm, "add_rms_norm": rmsnorm.add_rms_norm, "rope": rope.rope}
+    used |= {"attention": attention, "ffn": lambda x, *w: ffn.ffn_few_rows(x.flatten(0, -2), *w).view(x.shape)}
+    calls = dict.fromkeys(used, 0)
+
+    def counted(name):
+        def call(*arguments):
+            calls[name] += 1
+            return used[name](*arguments)
+
+        return call
+
+    for name in used:
+        setattr(library, name, counted(name))
+    import mhaffn
+    from mhaffn import huggingface
+
+    import transformers  # isort: skip
+
+    huggingface.check = lambda found: None  # the same in float32, on larger shapes
+    torch.empty = _empty  # transformers' own need not fill what they make
+    for family in ("Llama", "Qwen3"):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(
+            hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+            head_dim=16, vocab_size=61, attn_implementation="sdpa", pad_token_id=None,
+        )  # fmt: skip
+        model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+        ids = torch.randint(0, 61, (2, 11))
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        logits = []
+        with torch.no_grad():
+            for change in (lambda: None, lambda: mhaffn.replace(model)):  # noqa: B023
+                change()
+                past = transformers.DynamicCache()
+                for stop, start in ((10, 0), (11, 10)):
+                    part = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past)
+                    logits.append(part.logits[mask[:, start:stop].bool()])
+        assert all(calls.values()), calls
+        for got, want in zip(logits[2:], logits[:2], strict=True):
+            assert (got - want).abs().max() <= 1e-4
+
+
 def check_rmsnorm() -> None:
     for dtype in DTYPES:
         for width in (96, 576):

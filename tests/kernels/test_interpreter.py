@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
         "attention_decode",
         pytest.param("attention_prefill", marks=pytest.mark.slow),
         "ffn",
+        "model",
         "quantized",
         "rmsnorm",
         "rope",
