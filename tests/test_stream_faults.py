@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 
 import mhaffn
 from mhaffn.errors import ReadError, TruncatedFileError
+from mhaffn.store.pack import pack
 from tests.conftest import Model
 from tests.reader_files import loop_mount
 from tests.test_stream import greedy, load_placed, resident_tokens, rss
@@ -37,6 +39,44 @@ def run_until_it_fails(model: mhaffn.StreamedLlama) -> ReadError:
     with pytest.raises(ReadError):  # it stays ended
         greedy(model)
     return caught.value
+
+
+def test_a_checked_stream_outlives_the_main_thread(tiny_model: Model, tmp_path: Path) -> None:
+    """As where a thread generates for a streamer that nobody joins."""
+    pack(tiny_model(), tmp_path / "store")
+    script = (
+        "import sys, threading, time, torch, mhaffn\n"
+        "model = mhaffn.load(sys.argv[1], gpu=None, dram=None, device='cpu')\n"
+        "def work():\n"
+        "    time.sleep(0.5)\n"
+        "    print(model.generate(torch.tensor([[5, 17]]), max_new_tokens=9, do_sample=False).shape[1], flush=True)\n"
+        "threading.Thread(target=work).start()\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "store")], capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout.split()[-1:] == ["11"], run.stderr[-2000:]
+
+
+def test_closing_waits_for_no_checksum_that_is_not_begun(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow:
+        def update(self, data: memoryview) -> None:
+            time.sleep(0.5)
+
+        def hexdigest(self) -> str:
+            return ""
+
+    pack(tiny_model(), tmp_path / "store")
+    monkeypatch.setattr("mhaffn.stream.HASHERS", 1)
+    monkeypatch.setattr("mhaffn.stream.xxhash", SimpleNamespace(xxh3_64=Slow))
+    model = streamed(tmp_path / "store")
+    time.sleep(0.1)
+    assert len(model.runner._stream._live) >= 4  # so many are read and wait
+    started = time.perf_counter()
+    model.close()
+    assert time.perf_counter() - started < 1.0  # the one under way, of all that was read
 
 
 @ENGINES

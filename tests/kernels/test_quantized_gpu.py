@@ -139,6 +139,20 @@ def test_many_rows_do_not_differ_from_run_to_run(dtype, format):
             assert all(torch.equal(first, nvrtc_quantized.many_rows(x, a, tile, cut)) for _ in range(20))
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("m", [17, 513, 2049, 4100])
+@pytest.mark.parametrize(("format", "group", "zeros"), [("int4", 64, True), ("int8", 0, False)], ids=str)
+def test_an_ffn_as_one_chain(format, group, zeros, m, dtype):
+    """By itself: beyond 512 rows so narrow a matrix would not choose it."""
+    if not (HOPPER and nvrtc.available()):
+        pytest.skip("for sm_90, through CuPy")
+    w1, w3 = (weight(format, 1536, 576, group, zeros) for _ in range(2))
+    w2 = weight(format, 576, 1536, group, zeros)
+    x = randn(m, 576, dtype)
+    truth_of = lambda x, w1, w3, w2: gated(x, w1, w3) @ w2.T  # noqa: E731
+    check(lambda: nvrtc_quantized.gate_up_down(x, w1, w3, w2), x, [w1, w3, w2], truth_of)
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
