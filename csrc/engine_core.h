@@ -89,7 +89,7 @@ class Ring {
 };
 
 struct CoreLimits {
-  unsigned depth = 8;
+  unsigned depth = 16;
   // A read that only ever gets transient errors fails after this long.
   double stall_s = 30.0;
 };

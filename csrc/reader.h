@@ -19,7 +19,7 @@ struct ReaderOptions {
   Direct direct = Direct::kAuto;
   bool strict = false;
   int64_t block_bytes = 4 << 20;
-  int64_t depth = 8;
+  int64_t depth = 16;
   double close_limit_s = 4.0;
 };
 

@@ -20,7 +20,7 @@ class WakeableRing : public Ring {
 };
 
 struct RingSetup {
-  unsigned depth = 8;
+  unsigned depth = 16;
   std::shared_ptr<Arena> arena;
   // Writes down what did not work; false where that ends it.
   std::shared_ptr<FallbackLog> log;

@@ -394,7 +394,7 @@ def test_close_gives_the_memory_of_the_gpu_back(tiny_model: Model) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     folder, ids = tiny_model(), prompt().cuda()
-    with mhaffn.load(folder, device="cuda", gpu="64MiB") as model:
+    with mhaffn.load(folder, device="cuda", gpu="2GiB") as model:
         model(ids)  # libraries take their workspaces
     gc.collect()
     before = torch.cuda.memory_allocated()
