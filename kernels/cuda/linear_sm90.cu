@@ -4,7 +4,8 @@
 // multiples of 16 bytes. The weights are the left operand, in registers: a thread reads 16 consecutive bytes of a row
 // and calls their pairs the k-pairs that the instruction wants of it, multiplied by their scale; one scale a row
 // (BY_ROW) multiplies the sums instead. The tokens are the right operand, in shared memory, by tiles that `arrange` has
-// written beforehand as they lie there: in the weights' order of columns, swizzled. So a tile is one bulk copy, and no address is computed while multiplying.
+// written beforehand as they lie there: in the weights' order of columns, swizzled. So a tile is one bulk copy, and no
+// address is computed while multiplying.
 //
 // A tile of results is 128 rows x TOKENS tokens. There is one block a processor, and it makes one tile after another:
 // one thread copies, two groups of four warps multiply 64 rows each. While a group's product of 64 columns runs, it
