@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from by_peer import Recorder
 from timer import Case
 
 from mhaffn.machine import describe
+
+SAVE_S = 60.0
+_saved_s = time.monotonic()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +51,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Writes the results so far, once a minute: a long run that is cut off loses little."""
+    global _saved_s
+    session = item.config._benchmarksession  # type: ignore[attr-defined]
+    if session.json and session.benchmarks and time.monotonic() - _saved_s > SAVE_S:
+        session.handle_saving()
+        _saved_s = time.monotonic()
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
