@@ -17,19 +17,23 @@ from mhaffn.swap import Swapped, untouched
 class Streamed(Swapped):
     """A module that computes with weights of a stream instead of its own, which have no memory."""
 
+    def __reduce_ex__(self, protocol: Any) -> Never:
+        raise ConfigError("a streamed model cannot be copied or pickled; make another and give it the same store")
+
+
+class StreamedLayer(Streamed):
+    """A decoder layer; its own ``parts``, the modules within it, are not called."""
+
     parts: list[nn.Module]
 
     def check_parts(self) -> None:
-        """Raises :class:`ConfigError` for hooks on parts of a layer, which are not called."""
-        for part in self.parts:
-            if not untouched(part) and not _only_recorded(part):
-                raise ConfigError(
-                    f"got a hook on, or a forward of its own in, a {type(part).__name__} inside a streamed layer, "
-                    "whose parts are not called: put it on the layer"
-                )
-
-    def __reduce_ex__(self, protocol: Any) -> Never:
-        raise ConfigError("a streamed model cannot be copied or pickled; make another and give it the same store")
+        """Raises :class:`ConfigError` for hooks on parts, which would not run."""
+        part = changed(self.parts)
+        if part is not None:
+            raise ConfigError(
+                f"got a hook on, or a forward of its own in, a {type(part).__name__} inside a streamed layer, "
+                "whose parts are not called: put it on the layer"
+            )
 
 
 class Owner(Streamed):
@@ -58,17 +62,22 @@ def fill(undo: ExitStack, module: nn.Module, name: str, tensor: Tensor) -> None:
     module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
 
+def parts_of(layer: nn.Module) -> list[nn.Module]:
+    """The modules within ``layer``."""
+    return [module for module in layer.modules() if module is not layer]
+
+
+def changed(parts: list[nn.Module]) -> nn.Module | None:
+    """The first of ``parts`` with a hook or a forward of its own; None if there is none."""
+    return next((part for part in parts if not untouched(part) and not _only_recorded(part)), None)
+
+
 def _only_recorded(part: nn.Module) -> bool:
     """Whether what ``part`` gives is only looked at: transformers records attentions so, asked for or not."""
     hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     return "forward" not in part.__dict__ and all(
         str(getattr(hook, "__module__", "")).startswith("transformers.utils.") for hook in hooks
     )
-
-
-def parts_of(layer: nn.Module) -> list[nn.Module]:
-    """The modules within ``layer``."""
-    return [module for module in layer.modules() if module is not layer]
 
 
 def require_stay(runner: Runner, change: Callable[[Tensor], Tensor]) -> None:

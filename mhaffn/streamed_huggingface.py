@@ -31,13 +31,11 @@ from mhaffn.modules import FFN, MHA, Block, Context
 from mhaffn.plan import CHUNK_TOKENS
 from mhaffn.runner import Runner
 from mhaffn.store import Store
-from mhaffn.streamed import Owner, Streamed, fill, parts_of, require_meta, require_same
-from mhaffn.swap import PassMemo, own_forward, swap, untouched
+from mhaffn.streamed import Owner, Streamed, StreamedLayer, changed, fill, parts_of, require_meta, require_same
+from mhaffn.swap import PassMemo, own_forward, swap
 
 
-class Layer(Streamed):
-    """A decoder layer; its own parts are not called."""
-
+class Layer(StreamedLayer):
     block: Block
     memo: PassMemo
     leads: bool
@@ -164,7 +162,7 @@ def _base(model: nn.Module) -> tuple[str, Any]:
                 continue
             layers = [huggingface.upstream_of(type(layer)) for layer in module.layers]
             if not own_forward(module, upstream) or not all(
-                known is not None and own_forward(layer, known) and all(map(untouched, parts_of(layer)))
+                known is not None and own_forward(layer, known) and changed(parts_of(layer)) is None
                 for layer, known in zip(module.layers, layers, strict=True)
             ):
                 raise UnsupportedModelError(

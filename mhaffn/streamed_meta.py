@@ -27,12 +27,12 @@ from mhaffn.meta import try_on_tiny
 from mhaffn.modules import FFN, MHA, Block, Context
 from mhaffn.runner import Runner
 from mhaffn.store import Store
-from mhaffn.streamed import Owner, Streamed, fill, parts_of, require_meta, require_same
-from mhaffn.swap import PassMemo, own_forward, swap, untouched
+from mhaffn.streamed import Owner, StreamedLayer, changed, fill, parts_of, require_meta, require_same
+from mhaffn.swap import PassMemo, own_forward, swap
 
 
-class TransformerBlock(Streamed):
-    """A decoder layer; its own parts are not called, but its attention's cache is the one used."""
+class TransformerBlock(StreamedLayer):
+    """Its attention's cache is the one used."""
 
     block: Block
     attentions: list[Any]
@@ -139,7 +139,7 @@ def _transformer(model: nn.Module) -> tuple[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, llama3.Transformer):
             if own_forward(module, llama3.Transformer) and all(
-                own_forward(layer, llama3.TransformerBlock) and all(map(untouched, parts_of(layer)))
+                own_forward(layer, llama3.TransformerBlock) and changed(parts_of(layer)) is None
                 for layer in module.layers
             ):
                 return name, module
