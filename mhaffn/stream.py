@@ -204,7 +204,7 @@ class Stream:
         self._unhashed = SimpleQueue()
         with self._lock:
             self._submit_reads()
-        checked = self._verify and any(self._checksum(sublayer) for sublayer in self._on_ssd)
+        checked = any(map(self._is_checked, self._on_ssd))
         for work in (self._move, *[self._hash] * (HASHERS if checked else 0)):
             thread = threading.Thread(target=work, name=f"mhaffn{work.__name__}", daemon=True)
             self._threads.append(thread)
@@ -252,7 +252,7 @@ class Stream:
             slot = self._staging.lease(nbytes, offset)
             read = _Read(sublayer, slot, self._reader.submit(extents, slot))
             self._live.append(read)
-            if self._verify and self._checksum(sublayer):
+            if self._is_checked(sublayer):
                 self._unhashed.put(read)
             self._reads.append(read)
             self._next_read = (self._next_read + 1) % len(self._on_ssd)
@@ -350,7 +350,7 @@ class Stream:
         request.wait()
         nbytes = image.records.nbytes
         self._trace.add("ssd", read.sublayer, self._moving_pass, request.started_s, request.finished_s, nbytes)
-        if self._verify and self._checksum(read.sublayer):
+        if self._is_checked(read.sublayer):
             image.check(self._digest_of(read))
         if read.sublayer not in self._checked:
             image.check_scales(torch.frombuffer(read.slot, dtype=torch.uint8), request.placements)
@@ -420,8 +420,8 @@ class Stream:
                 digest.update(buffer[chunk.source : chunk.source + chunk.nbytes])
         return digest.hexdigest()
 
-    def _checksum(self, sublayer: Sublayer) -> str | None:
-        return self._images[sublayer].records.checksum
+    def _is_checked(self, sublayer: Sublayer) -> bool:
+        return self._verify and self._images[sublayer].records.checksum is not None
 
     def _digest_of(self, read: _Read) -> str:
         """The checksum of ``read``, as soon as it is made; raises what kept it from that."""
