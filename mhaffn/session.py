@@ -277,17 +277,13 @@ def stream_text(
 
 
 class _TerminalText(TextStreamer):
-    """Prints text as it becomes final. On a terminal a last line shows tokens/s and SSD GiB/s meanwhile.
-
-    ``passes`` has the token ids that each pass gave.
-    """
+    """Prints text as it becomes final. On a terminal a last line shows tokens/s and SSD GiB/s meanwhile."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, runner: Runner) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._runner = runner
         self._line = ""
-        self.passes: list[list[int]] = []
-        self._tokens = -1  # the first call brings the prompt
+        self._given: list[list[int]] = []  # the prompt's, then each pass's
         self._started_s = self._last_s = time.perf_counter()
         self._read_at_start = self._last_read = runner.reader_info().bytes_read
         self._ssd_rate = 0.0
@@ -307,10 +303,13 @@ class _TerminalText(TextStreamer):
             sys.stdout.write("\n")
         self._line = ""
 
+    @property
+    def passes(self) -> list[list[int]]:
+        """The token ids that each pass gave."""
+        return self._given[1:]
+
     def put(self, value: torch.Tensor) -> None:
-        if self._tokens >= 0:
-            self.passes.append(value.flatten().tolist())
-        self._tokens += value.numel() if self._tokens >= 0 else 1
+        self._given.append(value.flatten().tolist())
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -337,8 +336,9 @@ class _TerminalText(TextStreamer):
             read = self._runner.reader_info().bytes_read
             self._ssd_rate = (read - self._last_read) / (now - self._last_s) / 2**30
             self._last_s, self._last_read = now, read
-        rate = max(self._tokens, 0) / (now - self._started_s)
-        status = f"{max(self._tokens, 0)} tokens, {rate:.2f} tokens/s, SSD {self._ssd_rate:.2f} GiB/s (Ctrl-C ends)"
+        tokens = sum(map(len, self.passes))
+        rate = tokens / (now - self._started_s)
+        status = f"{tokens} tokens, {rate:.2f} tokens/s, SSD {self._ssd_rate:.2f} GiB/s (Ctrl-C ends)"
         return Group(Text(self._line), Text(status, style="dim"))
 
 
