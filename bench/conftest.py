@@ -57,7 +57,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Writes the results so far, once a minute: a long run that is cut off loses little."""
     global _saved_s
     session = item.config._benchmarksession  # type: ignore[attr-defined]
-    if session.json and session.benchmarks and time.monotonic() - _saved_s > SAVE_S:
+    numbered = session.save or session.autosave  # of which each writing would make another
+    if session.json and session.benchmarks and not numbered and time.monotonic() - _saved_s > SAVE_S:
         session.handle_saving()
         _saved_s = time.monotonic()
 
