@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,11 +169,19 @@ def test_a_profile_that_is_broken_is_named(tiny_model: Model, tmp_path: Path, he
 def test_weights_are_made_before_compute_is_timed(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     made, rand = [], torch.rand
 
-    def slow(*size: object, **options: object) -> torch.Tensor:
-        made.append(time.sleep(0.01))
+    def counted(*size: object, **options: object) -> torch.Tensor:
+        made.append(size)
         return rand(*size, **options)
 
-    monkeypatch.setattr("torch.rand", slow)
+    def timed(work: Callable[[], object], device: torch.device) -> float:
+        before = len(made)
+        for _ in range(20):  # more than there are sets
+            work()
+        assert len(made) == before
+        return 1.0
+
+    monkeypatch.setattr("torch.rand", counted)
+    monkeypatch.setattr("mhaffn.probe._median_s", timed)
     config = ModelConfig("LlamaForCausalLM", 1, 64, 128, 4, 2, 16, 100, 1e-5, 512, False)
-    assert _compute_s(kind, config, 1, 16, torch.device("cpu")) < 0.01
+    assert _compute_s(kind, config, 1, 16, torch.device("cpu")) == 1.0
     assert len(made) > 8, "several sets, that no cache holds together"
