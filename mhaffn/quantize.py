@@ -142,7 +142,8 @@ class _Best:
         q = levels(exact if zeros is None else exact + zeros.to(torch.float32))
         back = (q if zeros is None else q - zeros.to(torch.float32)) * scales.to(torch.float32)
         error = _mean((self._w - back).square(), self._h)
-        error = torch.where(scales.isfinite(), error, torch.inf)
+        finite = scales.isfinite() if zeros is None else scales.isfinite() & zeros.isfinite()
+        error = torch.where(finite, error, torch.inf).nan_to_num(nan=torch.inf)
         if self._error is None:
             self._error, self.scales, self.zeros = error, scales, zeros
             return q
@@ -154,8 +155,13 @@ class _Best:
 
 
 def _check_scales(scales: Tensor, stored: torch.dtype) -> None:
-    if not bool(scales.to(stored).isfinite().all()):
+    """Raises for values that ``stored`` has no scales for; rows as good as empty beside the others become zeros."""
+    kept = scales.to(stored)
+    if not bool(kept.isfinite().all()):
         raise ConfigError(f"got values whose scales are beyond {stored}: keep the matrix plain")
+    lost = scales[kept == 0]
+    if lost.numel() and float(lost.amax()) > _NEGLIGIBLE * float(scales.amax()):
+        raise ConfigError(f"got values too small for scales in {stored}: keep the matrix plain")
 
 
 def _mean(x: Tensor, h: Tensor | None) -> Tensor:
@@ -163,9 +169,9 @@ def _mean(x: Tensor, h: Tensor | None) -> Tensor:
 
 
 def _divided(w: Tensor, scales: Tensor) -> Tensor:
-    """``w / scales``, 0 where a scale is 0."""
-    wide = scales.to(torch.float32)
-    return w * torch.where(wide != 0, 1 / wide, 0.0)
+    """``w / scales``, 0 where a scale is 0, or so small that 1 over it is no number."""
+    inverse = 1 / scales.to(torch.float32)
+    return w * torch.where(inverse.isfinite(), inverse, 0.0)
 
 
 def _codes(x: Tensor) -> Tensor:
@@ -176,6 +182,7 @@ def _fp8(x: Tensor) -> Tensor:
     return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(torch.float32)
 
 
+_NEGLIGIBLE = 2.0**-10
 _INT4_RATIOS = tuple(1 + 0.04 * step for step in range(-3, 10))
 _ZERO_RATIOS = tuple(1 + 0.05 * step for step in range(-2, 9))
 _LEVELS: dict[str, tuple[Levels, float, tuple[float, ...]]] = {

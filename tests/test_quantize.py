@@ -93,7 +93,20 @@ def test_zeros_and_tiny_values_stay(text: str) -> None:
     assert float(got[2, 7]) == pytest.approx(-3.0, rel=0.08)
 
 
+@pytest.mark.parametrize("magnitude", [1e-39, 1e-38, 3e-38])
+@pytest.mark.parametrize("text", FORMATS)
+def test_a_row_below_all_scales_becomes_zeros(text: str, magnitude: float) -> None:
+    matrix = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    matrix[1] *= magnitude
+    weight = quantize(matrix, Format.parse(text), importance=torch.full((256,), 1e-38))
+    assert weight.zeros is None or bool(weight.zeros.isfinite().all())
+    assert dequantize(weight)[1].abs().max() <= 1e-4
+
+
 def test_what_cannot_be_quantised() -> None:
+    for text in ("int8", "fp8", "int4:64", "int4:64:zeros"):
+        with pytest.raises(ConfigError, match=r"too small for scales in torch\.float16"):
+            quantize(torch.full((2, 64), 1e-9), Format.parse(text))
     with pytest.raises(ConfigError, match="not finite"):
         quantize(torch.tensor([[float("nan")] * 64]), Format.parse("int8"))
     with pytest.raises(ConfigError, match=r"beyond torch\.float16"):
