@@ -107,7 +107,10 @@ class QuantizedFolderSource(FolderSource):
                     raise CorruptFileError(f"{path}: got no tensors of {module}, expected those of a quantised layer")
                 self._linears[name] = Linear(module, (shape[0], shape[1]), suffixes[module])
             else:
+                Linear(module, shape, suffixes.get(module, {})).refuse_others(("weight",))
                 self._check_plain(name, shape)
+        head = RESIDENT_NAMES["head"].removesuffix(".weight")
+        Linear(head, (), suffixes.get(head, {})).refuse_others(("weight",))
         for linear in self._linears.values():
             self._layout.format(linear)
 

@@ -38,7 +38,9 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 ROPE_FACTORS = "rope_freqs.weight"
 NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none",),
-    "rope.scale_linear": (1.0,),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scale_linear": (0.0, 1.0),
     "attention.sliding_window": (0,),
     "attention.scale": (0.0,),
     "attention.causal": (True,),

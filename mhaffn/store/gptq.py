@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mhaffn.errors import UnsupportedModelError
 from mhaffn.formats import Format
 from mhaffn.quantized import INT4_ZERO, Quantized
 from mhaffn.store.layout import Linear, by_group, group_kept, nibbles, setting
@@ -36,7 +37,13 @@ class Gptq:
     """Checkpoints whose quant_method is "gptq"."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._first_version = setting(config, "checkpoint_format", "gptq", "gptq", "gptq_v2") == "gptq"
+        keys = [key for key in ("checkpoint_format", "format") if key in config]
+        named = {setting(config, key, "gptq", "gptq", "gptq_v2") for key in keys}
+        if len(named) > 1:
+            raise UnsupportedModelError(
+                "quantization_config: got checkpoint_format and format that differ, expected one"
+            )
+        self._first_version = named != {"gptq_v2"}
         setting(config, "is_marlin_format", False, False)
         self._symmetric: bool = setting(config, "sym", True, True, False)
         self._in_order: bool = not setting(config, "desc_act", False, True, False)

@@ -30,7 +30,7 @@ class Linear:
     """One linear layer of a checkpoint: its name, the shape ``(N, D)`` of its weight, its tensors by suffix."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     tensors: Mapping[str, TensorInfo]
 
     @property

@@ -266,6 +266,8 @@ def refused(path: Path, kind: type[MhaffnError], *words: str) -> None:
     [
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), ("llama.rope.scaling.type", "'yarn'", "'none'")),
         (lambda w: w.add_float32("llama.rope.scale_linear", 2.0), ("llama.rope.scale_linear", "2.0")),
+        (lambda w: w.add_rope_scaling_factor(4.0), ("llama.rope.scaling.factor", "4.0")),
+        (lambda w: w.add_rope_scaling_attn_factors(2.0), ("llama.rope.scaling.attn_factor", "2.0")),
         (lambda w: w.add_sliding_window(512), ("llama.attention.sliding_window", "512")),
         (lambda w: w.add_expert_count(8), ("llama.expert_count", "8")),
         (lambda w: w.add_causal_attention(False), ("llama.attention.causal", "False")),
