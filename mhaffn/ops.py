@@ -170,6 +170,10 @@ def ffn(x: Tensor, w1: Tensor | Quantized, w3: Tensor | Quantized, w2: Tensor | 
         _check_ffn(x, w1, w3, w2)
         return cast(Tensor, torch.ops.mhaffn.ffn(x, w1, w3, w2))
     if isinstance(w1, Tensor) or isinstance(w3, Tensor) or isinstance(w2, Tensor):
+        if tuple(w3.shape) != tuple(w1.shape):
+            _expect(False, "ffn", "w3 shape", tuple(w3.shape), f"{tuple(w1.shape)}, that of w1")
+        if tuple(w2.shape) != (x.shape[-1], w1.shape[0]):
+            _expect(False, "ffn", "w2 shape", tuple(w2.shape), f"[D, F] = {(x.shape[-1], w1.shape[0])}")
         return linear(torch.nn.functional.silu(linear(x, w1)).mul_(linear(x, w3)), w2)
     records = [w1, w3, w2]
     _check_inference("ffn", x)

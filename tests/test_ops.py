@@ -269,6 +269,9 @@ def test_formats_of_an_ffn_may_differ():
     torch.testing.assert_close(ops.ffn(x, w1, w3, w2), wanted)
     torch.testing.assert_close(ops.ffn(x, w1, plain[1], w2), wanted)
     torch.testing.assert_close(ops.ffn(x, plain[0], plain[1], w2), wanted)
+    for part, wrong in ((1, (w1, plain[1][:1], w2)), (2, (w1, plain[1], plain[2][:7])), (2, (plain[0], w3, w1))):
+        with pytest.raises(ValueError, match=f"ffn: w{(1, 3, 2)[part]} shape: got .* expected"):
+            ops.ffn(x, *wrong)
 
 
 def test_linear_of_a_plain_weight():
