@@ -62,8 +62,12 @@ struct DLPackHolder {
   std::shared_ptr<Slot> slot;
 };
 
-py::capsule to_dlpack(const std::shared_ptr<Slot>& slot) {
+py::capsule to_dlpack(const std::shared_ptr<Slot>& slot, const py::object& device, const py::object& copy) {
   slot->live();
+  if (!copy.is_none() && py::bool_(copy)) throw py::buffer_error("a Slot is shared, never copied: copy the tensor");
+  if (!device.is_none() && !device.equal(py::make_tuple(kDLCPU, 0))) {
+    throw py::buffer_error("a Slot lies in host memory: move the tensor");
+  }
   auto* holder = new DLPackHolder{{}, static_cast<int64_t>(slot->nbytes), slot};
   holder->managed.tensor = {slot->address, kDLCPU, 0, 1, kDLUInt, 8, 1, &holder->shape, nullptr, 0};
   holder->managed.manager = holder;
@@ -80,6 +84,10 @@ struct RequestHandle {
   explicit RequestHandle(std::shared_ptr<Request> held) : request(std::move(held)) {}
   ~RequestHandle() {
     if (!owner.is_current()) new std::shared_ptr<Request>(std::move(request));
+  }
+  Request& live() const {
+    owner.require("this Request");
+    return *request;
   }
   Process owner;
   std::shared_ptr<Request> request;
@@ -239,7 +247,12 @@ that reads into it is over.)")
       .def("__enter__", [](py::object self) { return self; })
       .def("__exit__", [](Slot& slot, const py::args&) { slot.lease.reset(); })
       .def("__len__", [](const Slot& slot) { return slot.nbytes; })
-      .def("__dlpack__", [](const std::shared_ptr<Slot>& slot, const py::kwargs&) { return to_dlpack(slot); })
+      .def(
+          "__dlpack__",
+          [](const std::shared_ptr<Slot>& slot, const py::object&, const py::object&, const py::object& dl_device,
+             const py::object& copy) { return to_dlpack(slot, dl_device, copy); },
+          py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
+          py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
       .def("__dlpack_device__", [](const Slot&) { return py::make_tuple(kDLCPU, 0); })
       .def_buffer([](Slot& slot) {
         slot.live();
@@ -273,16 +286,16 @@ void bind_reading(py::module_& module) {
           "cover_bytes", [](const RequestHandle& self) { return self.request->layout().cover_bytes; },
           "Bytes of the slot that the request uses, from its slot_offset.")
       .def_property_readonly(
-          "ready_bytes", [](const RequestHandle& self) { return self.request->ready_bytes(); },
+          "ready_bytes", [](const RequestHandle& self) { return self.live().ready_bytes(); },
           "Bytes from slot_offset on that have arrived and will not be written again.")
       .def_property_readonly(
-          "done", [](const RequestHandle& self) { return self.request->done(); },
+          "done", [](const RequestHandle& self) { return self.live().done(); },
           "True when it is over, with all bytes or with an error.")
       .def_property_readonly(
-          "started_s", [](const RequestHandle& self) { return self.request->started_s(); },
+          "started_s", [](const RequestHandle& self) { return self.live().started_s(); },
           "When the first read was started, on the clock of time.perf_counter(); 0.0 before.")
       .def_property_readonly(
-          "finished_s", [](const RequestHandle& self) { return self.request->finished_s(); },
+          "finished_s", [](const RequestHandle& self) { return self.live().finished_s(); },
           "When the last read was over, on the same clock; 0.0 before.")
       .def(
           "wait",

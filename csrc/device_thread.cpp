@@ -85,7 +85,8 @@ std::unique_ptr<WakeableRing> DeviceThread::make_ring() {
       ring = make_uring_ring(setup_, features);
       name = "io_uring";
     } catch (const Error& error) {
-      if (engine_ == EngineKind::kUring || !setup_.log->allow(std::string(error.what()) + ": preadv threads")) throw;
+      if (engine_ == EngineKind::kUring || !setup_.log->allow(std::string(error.what()) + ": preadv threads", ""))
+        throw;
       features = {};
     }
   }

@@ -46,6 +46,14 @@ inline std::string errno_text(int error) {
   throw Error(std::move(failure));
 }
 
+[[noreturn]] inline void fail_closed() {
+  Failure failure;
+  failure.kind = ErrorKind::kCancelled;
+  failure.op = "submit";
+  failure.message = "the reader is closed";
+  throw Error(std::move(failure));
+}
+
 [[noreturn]] inline void fail_pinned(const std::string& message, int error = 0) {
   Failure failure;
   failure.kind = ErrorKind::kPinned;

@@ -13,8 +13,8 @@ namespace mhaffn {
 class FallbackLog {
  public:
   virtual ~FallbackLog() = default;
-  // True where the step down may be taken; it is then recorded.
-  virtual bool allow(const std::string& reason) = 0;
+  // True where the step down may be taken; it is then recorded, for the file at `path` or for all reads.
+  virtual bool allow(const std::string& reason, const std::string& path) = 0;
   // A file that was read directly is read through the page cache from here on.
   virtual void lost_direct_reads() {}
 };
@@ -24,11 +24,12 @@ class Reasons : public FallbackLog {
  public:
   explicit Reasons(bool strict) : strict_(strict) {}
 
-  bool allow(const std::string& reason) override {
+  bool allow(const std::string& reason, const std::string& path) override {
     if (strict_) return false;
     std::lock_guard<std::mutex> lock(mutex_);
-    const bool known = std::find(reasons_.begin(), reasons_.end(), reason) != reasons_.end();
-    if (!known && reasons_.size() < kCapacity) reasons_.push_back(reason);
+    auto step = std::find_if(steps_.begin(), steps_.end(), [&](const Step& known) { return known.reason == reason; });
+    if (step == steps_.end()) step = steps_.insert(step, {reason, path, false});
+    step->others |= step->path != path;
     return true;
   }
 
@@ -38,15 +39,24 @@ class Reasons : public FallbackLog {
 
   std::vector<std::string> all() const {
     std::lock_guard<std::mutex> lock(mutex_);
-    return reasons_;
+    std::vector<std::string> found;
+    for (const Step& step : steps_) {
+      const std::string where = step.path.empty() ? "" : step.path + (step.others ? " and other files: " : ": ");
+      found.push_back(where + step.reason);
+    }
+    return found;
   }
 
  private:
-  static constexpr size_t kCapacity = 64;
+  // A cause, and the first file it met.
+  struct Step {
+    std::string reason, path;
+    bool others;
+  };
   const bool strict_;
   std::atomic<bool> lost_direct_reads_{false};
   mutable std::mutex mutex_;
-  std::vector<std::string> reasons_;
+  std::vector<Step> steps_;
 };
 
 }  // namespace mhaffn

@@ -59,7 +59,7 @@ std::shared_ptr<File> File::open(const std::string& path, Direct mode, std::shar
   if (mode != Direct::kOff && refusal.empty()) {
     file->direct_ = true;
   } else {
-    if (!refusal.empty() && (mode == Direct::kOn || !log->allow(path + ": " + refusal + ": buffered reads"))) {
+    if (!refusal.empty() && (mode == Direct::kOn || !log->allow(refusal + ": buffered reads", path))) {
       fail_unavailable(path + ": O_DIRECT does not work here: " + refusal +
                        "; use direct=\"auto\" or \"off\", or keep the file on ext4 or xfs");
     }
@@ -110,7 +110,7 @@ uint64_t File::size() const {
 
 bool File::fall_back(int error) {
   if (mode_ == Direct::kOn) return false;
-  if (!log_->allow(path_ + ": a direct read failed with " + errno_text(error) + ": buffered reads")) return false;
+  if (!log_->allow("a direct read failed with " + errno_text(error) + ": buffered reads", path_)) return false;
   log_->lost_direct_reads();
   return make_buffered();
 }

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <fstream>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -86,7 +87,10 @@ bool prefault(char* address, size_t nbytes, double limit_s) {
   const unsigned usable = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
   const size_t count = std::min<size_t>({usable, 16, (nbytes + kStep - 1) / kStep});
   std::vector<std::thread> threads;
-  for (size_t i = 1; i < count; ++i) threads.emplace_back(work);
+  try {
+    for (size_t i = 1; i < count; ++i) threads.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads to be had: those that are there do the work
+  }
   work();
   for (std::thread& thread : threads) thread.join();
   if (error != 0 && error != ETIMEDOUT) {

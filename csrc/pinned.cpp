@@ -1,5 +1,7 @@
 #include "pinned.h"
 
+#include <stdint.h>
+
 #include <algorithm>
 #include <fstream>
 #include <vector>
@@ -46,6 +48,9 @@ char* Lease::address() const { return arena_->address() + offset_; }
 std::shared_ptr<Arena> Arena::create(const ArenaOptions& options) { return std::shared_ptr<Arena>(new Arena(options)); }
 
 Arena::Arena(const ArenaOptions& options) {
+  if (options.nbytes > SIZE_MAX - kHugePageBytes) {
+    fail_pinned("an arena of " + std::to_string(options.nbytes) + " bytes is more than can be addressed");
+  }
   const size_t nbytes = round_up(options.nbytes, kHugePageBytes);
   const size_t available = available_bytes();
   if (options.prefault && nbytes > available) {

@@ -29,7 +29,7 @@ Reader::Reader(const ReaderOptions& options, std::shared_ptr<Arena> arena) {
     const std::string reason = "mhaffn was built without liburing: apt-get install liburing-dev, then install it again";
 #endif
     if (!reason.empty()) {
-      if (engine == EngineKind::kUring || !reasons->allow(reason + ": preadv threads")) {
+      if (engine == EngineKind::kUring || !reasons->allow(reason + ": preadv threads", "")) {
         fail_unavailable(reason + "; engine=\"threads\" works without it");
       }
       engine = EngineKind::kThreads;

@@ -25,13 +25,7 @@ void Router::start() {
 
 void Router::submit(const std::shared_ptr<Request>& request) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (closing_) {
-    Failure failure;
-    failure.kind = ErrorKind::kCancelled;
-    failure.op = "submit";
-    failure.message = "the reader is closed";
-    throw Error(std::move(failure));
-  }
+  if (closing_) fail_closed();
   live_[request.get()] = request;
   queue_.push_back(request);
   work_.notify_one();
@@ -177,7 +171,7 @@ void Router::route(const std::shared_ptr<Request>& request) {
 
 std::shared_ptr<DeviceThread> Router::device(const DeviceKey& key) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (closing_) throw std::runtime_error("the reader is closed");
+  if (closing_) fail_closed();
   auto& device = devices_[key];
   if (!device) {
     // Buffered reads copy: threads spread the copying, one ring would not.

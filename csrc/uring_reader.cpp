@@ -7,7 +7,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <thread>
 #include <unordered_map>
 
 #include "clock.h"
@@ -127,7 +129,10 @@ class UringRing : public WakeableRing {
     limit.tv_sec = static_cast<int64_t>(wait_s);
     limit.tv_nsec = static_cast<int64_t>((wait_s - std::floor(wait_s)) * 1e9);
     io_uring_cqe* cqe = nullptr;
-    io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &limit, nullptr);
+    const int error = io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &limit, nullptr);
+    if (error < 0 && error != -ETIME && error != -EINTR) {  // the kernel takes nothing now: not a whole core for asking
+      std::this_thread::sleep_for(std::chrono::duration<double>(std::min(wait_s, 0.001)));
+    }
     return reap(completions, capacity);
   }
 
@@ -192,7 +197,7 @@ class UringRing : public WakeableRing {
       return true;
     }
     const std::string reason = explain_buffers(error, arena.nbytes());
-    if (!setup.log->allow(reason)) fail_unavailable(reason, error);
+    if (!setup.log->allow(reason, "")) fail_unavailable(reason, error);
     return false;
   }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -332,6 +333,16 @@ def test_direct_on_insists(tmp_path: Path) -> None:
         path.unlink()
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a tmpfs")
+def test_a_cause_that_many_files_meet_is_one_reason(arena: PinnedArena) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, Reader() as reader:
+        paths = [Path(folder, str(i)) for i in range(70)]
+        for path in paths:
+            read(reader, arena, [Extent(str(path), 0, len(make_file(path, 100)))])
+        (reason,) = reader.info().reasons
+        assert reason.startswith(f"{paths[0]} and other files: ") and "tmpfs" in reason
+
+
 def test_direct_off_uses_the_page_cache(reader: Reader, arena: PinnedArena, tmp_path: Path) -> None:
     content = make_file(tmp_path / "file", 100_000)
     with Reader(engine=reader.info().engine, direct="off", arena=arena) as buffered:  # type: ignore[arg-type]
@@ -346,6 +357,10 @@ def test_slots_are_buffers_and_tensors_without_a_copy(arena: PinnedArena) -> Non
     view = torch.frombuffer(slot, dtype=torch.uint8)
     shared, array = torch.from_dlpack(slot), np.from_dlpack(slot)  # type: ignore[arg-type]
     assert view.data_ptr() == shared.data_ptr() == array.ctypes.data == slot.address
+    for refused in ({"copy": True}, {"dl_device": (2, 0)}):
+        with pytest.raises(BufferError):
+            slot.__dlpack__(**refused)  # type: ignore[arg-type]
+    slot.__dlpack__(stream=None, max_version=(1, 0), dl_device=(1, 0), copy=False)
     view[4999] = 7
     assert shared[4999] == array[4999] == memoryview(slot)[4999] == 7
     slot.release()

@@ -201,6 +201,8 @@ with PinnedArena(2 << 20, cuda=False) as arena, Reader(engine=engine, arena=aren
     os.setresuid(65534, 65534, 65534)
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+    with PinnedArena(192 << 20, cuda=False) as large:  # faulted in by the thread there is
+        assert large.info().prefaulted
     for _ in range(2):
         try:
             reader.submit([Extent(path, 0, len(content))], slot).wait(20)

@@ -42,7 +42,8 @@ def refused(call):
 
 def child(request):
     calls = [lambda: reader.submit([], slot), lambda: request.wait(), lambda: request.cancel(), reader.info,
-             reader.close, lambda: memoryview(slot), lambda: arena.lease(1), arena.info]
+             reader.close, lambda: memoryview(slot), lambda: arena.lease(1), arena.info,
+             lambda: request.ready_bytes, lambda: request.done, lambda: request.started_s, lambda: request.finished_s]
     assert all(refused(call) for call in calls), [refused(call) for call in calls]
     with PinnedArena(2 << 20, cuda=False) as own, Reader(engine=engine) as fresh, own.lease(4096) as mine:
         fresh.submit([Extent(path, 0, 4096)], mine).wait(30)

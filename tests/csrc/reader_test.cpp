@@ -151,7 +151,7 @@ void test_close_in_flight(EngineKind engine, bool call_close) {
 class Log : public FallbackLog {
  public:
   explicit Log(bool allows) : allows_(allows) {}
-  bool allow(const std::string& reason) override {
+  bool allow(const std::string& reason, const std::string&) override {
     reasons.push_back(reason);
     return allows_;
   }
