@@ -222,6 +222,23 @@ def test_reports_of_different_things_are_not_compared(seed: dict[str, Any], tmp_
             Report.read(path)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("measured", {"ssd.mha": [[float("nan")] * 2] * 4}), ("measured", {"ssd.mha": [[float("inf")]]}),
+        ("measured", {"ssd.mha": [[0.0]] * 4}), ("measured", {"ssd.mha": []}), ("measured", {"ssd.mha": [[]]}),
+        ("measured", {"ssd.mha": "x"}), ("measured", {"ssd.mha": [["1"]]}), ("measured", {"ssd.mha": [[True]]}),
+        ("measured", {"ssd.mha": [1.0]}), ("machine", []), ("settings", None), ("derived", 3),
+    ],
+)  # fmt: skip
+def test_a_damaged_report_is_refused(part: str, value: Any, seed: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    raw = dict(seed) | {part: {**seed["measured"], **value} if part == "measured" else value}
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=r"report\.json.*got .* expected"):
+        Report.read(path)
+
+
 def test_the_command_compares_and_fails_on_regressions(
     seed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +13,19 @@ from typing import Any
 from mhaffn.bench.derive import Facts, layers_of, links_ms
 from mhaffn.config import ModelConfig
 from mhaffn.errors import ConfigError
+from mhaffn.files import shown
 from mhaffn.samples import Figure, Rounds, Summary, summarise, values
 from mhaffn.trace import Phase
 
 FORMAT = 1
+
+
+def _are_rounds(found: object) -> bool:
+    """Whether these are samples by round, at least one, all of them times or speeds."""
+    if not isinstance(found, list) or not found or not all(isinstance(samples, list) and samples for samples in found):
+        return False
+    flat = [sample for samples in found for sample in samples]
+    return all(type(x) in (int, float) and 0 < x < math.inf for x in flat)
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,12 @@ class Report:
             raise ConfigError(f"{path} cannot be read as a report of `mhaffn bench`: {error}") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT or not isinstance(raw.get("measured"), dict):
             raise ConfigError(f"{path}: expected a report.json of `mhaffn bench` in format {FORMAT}")
+        for name in ("machine", "settings", "derived"):
+            if not isinstance(raw.get(name), dict):
+                raise ConfigError(f"{path}: got {name} = {shown(raw.get(name))}, expected a JSON object")
+        for name, rounds in raw["measured"].items():
+            if not _are_rounds(rounds):
+                raise ConfigError(f"{path}: {name}: got {shown(rounds)}, expected rounds of samples above 0")
         return Report(raw)
 
     @property
