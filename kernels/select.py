@@ -19,6 +19,8 @@ FEW_ROWS_NARROW_MAX = 32
 """Rows up to which the FFN of a model less than 8192 wide streams its weights past them."""
 WIDE = 8192
 """Model width from which the FFN is chosen as measured at Llama-3.1-70B's."""
+FP8_FEW_ROWS_MAX = 8
+"""Rows of fp8 weights up to which one product streams them past: 16 rows took twice as long as 32 by wgmma."""
 LIBRARY_ROWS_WIDE = range(257, 1025)
 """Rows, about the 512 measured, at which cuBLAS makes a wide model's gate and up products: ours was no faster."""
 
@@ -144,10 +146,12 @@ def product(x: Tensor, weight: Quantized) -> Tensor:
 
     if x.shape[0] == 0 or x.dtype == float32:
         return library.linear_in_chunks(x, weight)
-    if x.shape[0] <= nvrtc_quantized.ROWS_MAX:
-        return few_rows_quantized(x, weight, None)
-    if nvrtc_quantized.many_rows_chosen(x, weight):
+    few = x.shape[0] <= nvrtc_quantized.ROWS_MAX
+    slow = weight.format == "fp8" and x.shape[0] > FP8_FEW_ROWS_MAX
+    if (slow or not few) and nvrtc_quantized.many_rows_chosen(x, weight):
         return nvrtc_quantized.many_rows(x, weight)
+    if few:
+        return few_rows_quantized(x, weight, None)
     if x.shape[0] <= quantized.ROWS_MAX:
         return quantized.linear(x, weight)
     return library.linear_in_chunks(x, weight, quantized.dequantize)
