@@ -1,7 +1,7 @@
 """Attention against cuDNN and FlashAttention-2 through SDPA, and against FlashAttention-4: Llama-3.1-70B heads, bf16.
 
     pytest bench/bench_attention.py -m gpu --benchmark-only
-    python bench/bench_attention.py --out bench/results/h100-attention.json
+    python bench/bench_attention.py --out attention.json
 
 64 query heads, 8 key heads, K 128. Decode runs in CUDA graphs over buffers that do not fit L2. "ops" is what a user
 gets; the kernels are listed beside it.

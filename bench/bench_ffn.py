@@ -1,7 +1,7 @@
 """FFN against cuBLAS (eager), torch.compile, Liger and gemlite (16-bit weights), Llama-3.1-70B and 8B widths, bf16.
 
     pytest bench/bench_ffn.py -m gpu --benchmark-only
-    python bench/bench_ffn.py --out bench/results/h100-ffn.json
+    python bench/bench_ffn.py --out ffn.json
 
 In CUDA graphs; the weights do not fit L2. "three cuBLAS products" is the time of the three cuBLAS products alone: what
 a free epilogue would give.

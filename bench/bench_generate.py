@@ -1,6 +1,6 @@
 """A resident Hugging Face Llama of 8B width: replaced, unmodified (SDPA), and with Liger's patch, by turns in one run.
 
-    python bench/bench_generate.py --out bench/results/h100-generate.json
+    python bench/bench_generate.py --out generate.json
     pytest bench/bench_generate.py -m gpu --benchmark-only
 
 Random bf16 weights, made on the GPU and shared by the contenders. Three figures each, by the wall clock around whole

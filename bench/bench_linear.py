@@ -1,7 +1,7 @@
 """Products with weights in few bits against gemlite, torch's tinygemm, torchao and cuBLAS on bf16 weights.
 
     pytest bench/bench_linear.py -m gpu --benchmark-only
-    python bench/bench_linear.py --out bench/results/h100-linear.json
+    python bench/bench_linear.py --out linear.json
 
 Llama-3.1-70B widths, bf16 activations. In CUDA graphs; the weights do not fit L2 together. Bytes a second are packed
 ones, whoever reads them: cuBLAS itself reads up to four times as many.

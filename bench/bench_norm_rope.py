@@ -1,7 +1,7 @@
 """Norm and RoPE against plain PyTorch, torch.compile and Liger, at 2048 and 1 tokens of Llama-3.1-70B widths, bf16.
 
     pytest bench/bench_norm_rope.py -m gpu --benchmark-only
-    python bench/bench_norm_rope.py --out bench/results/h100-norm-rope.json
+    python bench/bench_norm_rope.py --out norm-rope.json
 
 The roof is a device-to-device copy.
 """

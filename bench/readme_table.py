@@ -23,17 +23,13 @@ OPERATIONS = (
     "prefill causal T=2048",
     "prefill causal T=8192",
     "decode B=1 S=8192",
+    "decode B=1 S=32768",
     "decode B=8 S=8192",
     "rms_norm T=2048",
     "rope T=2048",
     *(f"linear int4 g128 up M={m}" for m in (1, 16, 64, 512)),
-    "linear int8 row up M=1",
-    "linear up int4-g128 M=1",
-    "linear up int4-g128 M=16",
-    "linear up int8-row M=1",
-    "linear up fp8-row M=1",
-    "prefill 8b, prompt 2048, batch 1",
-    "a token 8b, prompt 2048, batch 1",
+    *(f"linear {kind} row up M=1" for kind in ("int8", "fp8")),
+    *(f"8b {phase}" for phase in ("prefill", "step", "generate")),
 )
 """Cases that the table of operations shows, where a GPU's results hold them."""
 OPERATION_HEADS = {

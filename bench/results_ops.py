@@ -1,7 +1,6 @@
 """Operations beside the best other implementation, read from the files under bench/results, whichever bench wrote them.
 
-Three kinds of file: those of the scripts (``--out``), of pytest-benchmark (``--benchmark-json``), and of
-``bench_generate.py``.
+Two kinds of file: those of the scripts (``--out``), and of pytest-benchmark (``--benchmark-json``).
 """
 
 from __future__ import annotations
@@ -64,8 +63,6 @@ def _compare(peers: Mapping[str, Timed]) -> Comparison | None:
 def _timed(values: Mapping[str, Any]) -> Iterator[Timed]:
     if "benchmarks" in values:
         yield from _of_pytest(values)
-    elif values.get("bench") == "generate":
-        yield from _of_generate(values)
     elif "bench" in values:
         for row in values["rows"]:
             if "median_ms" in row:
@@ -77,23 +74,9 @@ def _of_pytest(values: Mapping[str, Any]) -> Iterator[Timed]:
     machine = machine_name(values["machine_info"].get("mhaffn", {}))
     for row in values["benchmarks"]:
         params, extra = row["params"] or {}, row["extra_info"]
-        if "peer" not in params:
-            continue
-        if "case" in params:
-            case = " ".join(str(params[name]) for name in ("shape", "case") if name in params)
-        else:
-            case = f"linear {params['shape']} {params['kind']} M={params['m']}"
-        ms = extra["device_us"] / 1e3 if "device_us" in extra else row["stats"]["median"] * 1e3
-        yield Timed(machine, case, params["peer"], ms, _share(extra))
-
-
-def _of_generate(values: Mapping[str, Any]) -> Iterator[Timed]:
-    machine = machine_name(values["environment"])
-    about = f"{values['width']}, prompt {values['prompt']}, batch {values['batch']}"
-    for row in values["rows"]:
-        name = row["implementation"]
-        yield Timed(machine, f"prefill {about}", name, row["prefill"]["median_ms"])
-        yield Timed(machine, f"a token {about}", name, row["decode_ms_a_token"])
+        if "peer" in params:
+            case = " ".join(str(params[name]) for name in ("shape", "width", "case") if name in params)
+            yield Timed(machine, case, params["peer"], row["stats"]["median"] * 1e3, _share(extra))
 
 
 def _share(row: Mapping[str, Any]) -> float | None:
