@@ -170,20 +170,14 @@ def ffn(x: Tensor, w1: Tensor | Quantized, w3: Tensor | Quantized, w2: Tensor | 
         _check_ffn(x, w1, w3, w2)
         return cast(Tensor, torch.ops.mhaffn.ffn(x, w1, w3, w2))
     if isinstance(w1, Tensor) or isinstance(w3, Tensor) or isinstance(w2, Tensor):
-        if tuple(w3.shape) != tuple(w1.shape):
-            _expect(False, "ffn", "w3 shape", tuple(w3.shape), f"{tuple(w1.shape)}, that of w1")
-        if tuple(w2.shape) != (x.shape[-1], w1.shape[0]):
-            _expect(False, "ffn", "w2 shape", tuple(w2.shape), f"[D, F] = {(x.shape[-1], w1.shape[0])}")
+        _check_ffn_shapes(x, w1, w3, w2)
         return linear(torch.nn.functional.silu(linear(x, w1)).mul_(linear(x, w3)), w2)
     records = [w1, w3, w2]
     _check_inference("ffn", x)
     _check_tensors("ffn", x=x)
     for name, record in zip(("w1", "w3", "w2"), records, strict=True):
         _check_quantized("ffn", name, record, x, records[0].shape[0] if name == "w2" else x.shape[-1])
-    if records[1].shape != records[0].shape:
-        _expect(False, "ffn", "w3 shape", records[1].shape, f"{records[0].shape}, that of w1")
-    if records[2].shape[0] != x.shape[-1]:
-        _expect(False, "ffn", "w2 shape", records[2].shape, f"[D, F] = {records[0].shape[::-1]}")
+    _check_ffn_shapes(x, w1, w3, w2)
     return cast(
         Tensor,
         torch.ops.mhaffn.ffn_quantized(
@@ -293,15 +287,19 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, ma
         _expect(fits, op, "mask shape", tuple(mask.shape), f"broadcastable to [B, 1 or HQ, T, S] = {(b, hq, t, s)}")
 
 
-def _check_ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
+def _check_ffn_shapes(x: Tensor, w1: Tensor | Quantized, w3: Tensor | Quantized, w2: Tensor | Quantized) -> None:
     width = x.shape[-1]
-    if w1.dim() != 2 or w1.shape[1] != width:
+    if len(w1.shape) != 2 or w1.shape[1] != width:
         _expect(False, "ffn", "w1 shape", tuple(w1.shape), f"[F, D] with D {width}")
     if w3.shape != w1.shape:
         _expect(False, "ffn", "w3 shape", tuple(w3.shape), f"{tuple(w1.shape)}, that of w1")
     transposed = (w1.shape[1], w1.shape[0])
     if w2.shape != transposed:
         _expect(False, "ffn", "w2 shape", tuple(w2.shape), f"[D, F] = {transposed}")
+
+
+def _check_ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
+    _check_ffn_shapes(x, w1, w3, w2)
     for name, w in (("w1", w1), ("w3", w3), ("w2", w2)):
         if not w.is_contiguous():
             _expect(False, "ffn", f"{name} strides", w.stride(), "a contiguous matrix")
