@@ -26,6 +26,7 @@ from mhaffn.bench.links import open_links
 from mhaffn.bench.passes import Executed, split_plan, whole_plan
 from mhaffn.bench.read import Report
 from mhaffn.errors import BudgetError, ConfigError, StoreError
+from mhaffn.forecast import PHASES
 from mhaffn.random_model import write_random_model
 from mhaffn.reader import Reader
 from mhaffn.store import Store
@@ -160,9 +161,13 @@ def test_whole_layers_compute_what_sublayers_do(copies: bool, tmp_path: Path, mo
             results.append(opened.runner.forward(*opened.inputs["prefill"]))
             for measurement in opened.measurements("whole" if whole else "split"):
                 assert all(ms > 0 for ms in measurement.take(2))
-            lanes = {phase: {span[0] for span in line["spans"]} for phase, line in opened.timelines().items()}
-            assert set(lanes) == {"prefill", "decode"}
-            assert all("mha" in found for found in lanes.values())
+            short, long = (opened.timelines(dict.fromkeys(PHASES, ms)) for ms in (0.0, 1e9))
+            assert set(short) == set(long) == set(PHASES)
+            assert all("mha" in {span[0] for span in line["spans"]} for line in short.values())
+            assert all(0 < short[phase]["window_ms"] < long[phase]["window_ms"] for phase in PHASES)
+            between = {phase: long[phase]["window_ms"] - 1e-6 for phase in PHASES}
+            nearest = opened.timelines(between)
+            assert all(nearest[phase]["window_ms"] == long[phase]["window_ms"] for phase in PHASES)
             assert ("h2d" in {span.lane for span in opened.runner.trace.spans}) == copies
         opened.close()
     assert torch.equal(*results)

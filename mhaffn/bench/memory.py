@@ -22,21 +22,22 @@ GRAPHS = 3
 
 @dataclass(frozen=True)
 class Roofs:
-    """Bytes that the roofs are measured with."""
+    """Bytes that the roofs are measured with; ``disk`` are read at a time, into ``disk_memory``."""
 
     memory: int
     h2d: int
     disk: int
+    disk_memory: int
     matmul: int
 
     @staticmethod
     def fitting(device: torch.device, dram: int, quick: bool) -> Roofs:
         if device.type == "cuda":
-            return Roofs(memory=1 << 30, h2d=256 << 20, disk=1 << 30, matmul=8192)
+            return Roofs(memory=1 << 30, h2d=256 << 20, disk=1 << 30, disk_memory=512 << 20, matmul=8192)
         memory = min(256 << 20, max(32 << 20, dram // 8 >> 20 << 20))
         if quick:
-            return Roofs(memory=min(memory, 96 << 20), h2d=0, disk=32 << 20, matmul=1024)
-        return Roofs(memory=memory, h2d=0, disk=256 << 20, matmul=1536)
+            return Roofs(memory=min(memory, 96 << 20), h2d=0, disk=32 << 20, disk_memory=32 << 20, matmul=1024)
+        return Roofs(memory=memory, h2d=0, disk=256 << 20, disk_memory=memory, matmul=1536)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def needs(config: ModelConfig, tokens: int, device: torch.device, roofs: Roofs) 
         gpu = sum(plan.gpu_bytes for plan in plans) + roofs.memory + roofs.h2d + 12 * roofs.matmul**2
         gpu += layer + sizes.image(Sublayer(0, "ffn")) + GRAPHS * work  # resident weights, a target of copies, compute
         dram = sum(plan.dram_bytes for plan in plans) + 2 * (layer + HUGE_PAGE) + WORK_BYTES[device.type]
+        dram += roofs.disk_memory
         dram += roofs.h2d if copies else layer + work + roofs.memory + 10 * roofs.matmul**2
         found.append(Needs(split, whole, gpu if copies else 0, dram))
     return found

@@ -146,23 +146,18 @@ class Executed:
             time.sleep(quiet_s)
         self._settle()
 
-    def timelines(self) -> dict[Phase, dict[str, Any]]:
-        """What each link did in the last pass of each phase, milliseconds from the end of the pass before."""
+    def timelines(self, pass_ms: Mapping[Phase, float]) -> dict[Phase, dict[str, Any]]:
+        """What each link did in the pass of each phase that took most nearly ``pass_ms``: a picture of what is
+        reported, not of whichever came last. Milliseconds from the end of the pass before."""
         if self.runner.copies:
             self.runner.sweep()  # spans on a GPU are reported once the device is past them
-        return {phase: found for phase in PHASES if (found := self._timeline(phase)) is not None}
+        return {phase: found for phase in PHASES if (found := self._timeline(phase, pass_ms[phase])) is not None}
 
-    def _timeline(self, phase: Phase) -> dict[str, Any] | None:
-        passes, _ = self.runner.trace.kept(phase)
-        if not passes:
+    def _timeline(self, phase: Phase, pass_ms: float) -> dict[str, Any] | None:
+        windows = self._windows(phase)
+        if not windows:
             return None
-        spans = list(self.runner.trace.spans)
-        compute = [s for s in spans if s.number == passes[-1].number and s.lane in KINDS]
-        if not compute:
-            return None
-        before = [s.end_s for s in spans if s.number == passes[-1].number - 1 and s.lane in KINDS]
-        start_s, end_s = max(before, default=compute[0].start_s), max(s.end_s for s in compute)
-        inside = [s for s in spans if s.end_s > start_s and s.start_s < end_s]
+        start_s, end_s = min(windows, key=lambda window: abs((window[1] - window[0]) * 1e3 - pass_ms))
         return {
             "window_ms": (end_s - start_s) * 1e3,
             "spans": [
@@ -170,9 +165,21 @@ class Executed:
                     s.lane, s.sublayer.key, (max(s.start_s, start_s) - start_s) * 1e3,
                     (min(s.end_s, end_s) - start_s) * 1e3,
                 ]
-                for s in inside
+                for s in list(self.runner.trace.spans)
+                if s.end_s > start_s and s.start_s < end_s
             ],
         }  # fmt: skip
+
+    def _windows(self, phase: Phase) -> list[tuple[float, float]]:
+        """Start and end of each pass of ``phase`` that came right behind another: from the end of compute to the end
+        of compute. The first after a pause is left out, since it began with what had been read meanwhile."""
+        passes, spans = self.runner.trace.kept(phase)
+        ends: dict[int, float] = {}
+        for span in spans:
+            if span.lane in KINDS:
+                ends[span.number] = max(span.end_s, ends.get(span.number, 0.0))
+        numbers = [run.number for run in passes if run.number in ends and run.number - 1 in ends]
+        return [(ends[number - 1], ends[number]) for number in numbers]
 
     def close(self) -> None:
         self.runner.close()

@@ -25,6 +25,7 @@ from mhaffn.budget import free_dram, free_gpu, resolve_budget
 from mhaffn.config import KINDS, ModelConfig, format_bytes
 from mhaffn.device import choose_device, memory_errors
 from mhaffn.errors import ConfigError
+from mhaffn.forecast import PHASES
 from mhaffn.machine import describe
 from mhaffn.random_model import SHAPES, write_random_model
 from mhaffn.samples import Rounds, figure, values
@@ -190,13 +191,14 @@ class _Bench:
         if plan.rounds < ROUNDS:
             self.leave_out("fewer_rounds", f"{plan.rounds}/{ROUNDS}")
         measured = self._rounds(plan)
-        timelines = executed["split"].timelines()
+        medians, layers = values(measured), self.streamed.num_layers
+        timelines = executed["split"].timelines({phase: layers * medians[f"pass.{phase}.split"] for phase in PHASES})
         self._note_noise(measured)
         return self._report(folder, links, measured, plan, timelines)
 
     def _roofs(self, stack: ExitStack, folder: Path) -> list[Measurement]:
         files = [folder / "roof.bin"] if self.roof_file_bytes else sorted(folder.glob("layer-*.safetensors"))
-        disk = stack.enter_context(roofs.disk(files, self.roofs.disk))
+        disk = stack.enter_context(roofs.disk(files, self.roofs.disk, self.roofs.disk_memory))
         self.disk_direct = disk.direct
         samplers = {
             "memory": roofs.memory_read(self.device, self.roofs.memory),
