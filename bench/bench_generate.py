@@ -157,10 +157,17 @@ def summary(samples: list[float]) -> dict[str, Any]:
 
 
 def measure(models: list[Contender], ids: torch.Tensor, tokens: int, rounds: int, device: str) -> list[dict[str, Any]]:
+    """A row for each contender, the unmodified one first.
+
+    ``times_unmodified`` are medians of the ratios of each round, in which all were measured one after the other: a
+    shared host is slow for seconds at a time, for all of them.
+    """
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": tokens}
-    samples: dict[str, dict[str, list[float]]] = {c.name: {"prefill": [], "generate": [], "step": []} for c in models}
+    samples: dict[str, dict[str, list[list[float]]]] = {
+        c.name: {"prefill": [], "generate": [], "step": [], "decode": []} for c in models
+    }
     for turn in range(-1, rounds):  # the first turn compiles, and counts for nothing
-        for contender in models:
+        for contender in models[turn % len(models) :] + models[: turn % len(models)]:
             with contender.active() as model:
                 cache = prefill(model, ids)
                 taken = {
@@ -168,21 +175,24 @@ def measure(models: list[Contender], ids: torch.Tensor, tokens: int, rounds: int
                     "step": [launch(model, ids, cache, device) for _ in range(10)],
                     "generate": [seconds(lambda model=model: model.generate(ids, **options), device)],
                 }
+            prompt = statistics.median(taken["prefill"])
+            taken["decode"] = [(whole - prompt) / max(1, tokens - 1) for whole in taken["generate"]]
             if turn >= 0:
                 for figure, values in taken.items():
-                    samples[contender.name][figure] += values
+                    samples[contender.name][figure].append(values)
+    first = samples[models[0].name]
     rows = []
     for name, figures in samples.items():
-        row: dict[str, Any] = {"implementation": name} | {k: summary(v) for k, v in figures.items()}
-        decode = row["generate"]["median_ms"] - row["prefill"]["median_ms"]
-        row["decode_ms_a_token"] = decode / max(1, tokens - 1)
-        rows.append(row)
-    for row in rows:
+        row: dict[str, Any] = {"implementation": name} | {k: summary(sum(v, [])) for k, v in figures.items()}
+        row["decode_ms_a_token"] = row.pop("decode")["median_ms"]
         row["times_unmodified"] = {
-            "prefill": rows[0]["prefill"]["median_ms"] / row["prefill"]["median_ms"],
-            "decode": rows[0]["decode_ms_a_token"] / row["decode_ms_a_token"],
-            "generate": rows[0]["generate"]["median_ms"] / row["generate"]["median_ms"],
+            figure: statistics.median(
+                statistics.median(theirs) / statistics.median(own)
+                for theirs, own in zip(first[figure], figures[figure], strict=True)
+            )
+            for figure in ("prefill", "step", "decode", "generate")
         }
+        rows.append(row)
     return rows
 
 
@@ -209,7 +219,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()
@@ -234,7 +244,7 @@ def main() -> None:
         given.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-CASES = {"tiny": (64, 8, 2), "8b": (2048, 128, 4)}
+CASES = {"tiny": (64, 8, 2), "8b": (2048, 128, 9)}
 """Prompt, tokens to generate, and rounds, by width."""
 
 
