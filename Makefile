@@ -64,15 +64,21 @@ check: install ## ruff, mypy, clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/csrc/*.h tests/csrc/*.cpp
 
-# One file of results a machine; MORE takes options, say MORE=--basetemp=/mnt/nvme/bench for another disk.
-RESULTS = bench/results/$$($(BIN)/python -c 'from mhaffn.machine import file_name; print(file_name("$(1)"))').json
-BENCH = $(BIN)/python -m pytest bench --benchmark-only $(MORE)
+# One file of results a machine, in which a run's rows take the places of earlier ones. ONLY names files, MORE takes
+# options, say MORE=--basetemp=/mnt/nvme/bench for another disk. After Ctrl-C what was measured is kept too.
+ONLY ?= bench
+define BENCH
+@mkdir -p build && rm -f build/bench.json; trap : INT; \
+$(BIN)/python -m pytest $(ONLY) --benchmark-only $(MORE) -m $(1) --benchmark-json=build/bench.json; code=$$?; \
+$(BIN)/python bench/merge_results.py build/bench.json \
+  bench/results/$$($(BIN)/python -c 'from mhaffn.machine import file_name; print(file_name("$(2)"))').json; exit $$code
+endef
 
 bench: install ## pytest-benchmark on this machine's processor and disk
-	$(BENCH) -m "not gpu" --benchmark-json=$(call RESULTS,cpu)
+	$(call BENCH,"not gpu",cpu)
 
 bench-gpu: install ## pytest-benchmark on its GPU, beside other kernels and tools
-	$(BENCH) -m gpu --benchmark-json=$(call RESULTS,cuda)
+	$(call BENCH,gpu,cuda)
 
 csrc-test: install
 	$(MAKE) -C tests/csrc test

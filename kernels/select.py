@@ -19,8 +19,8 @@ FEW_ROWS_NARROW_MAX = 32
 """Rows up to which the FFN of a model less than 8192 wide streams its weights past them."""
 WIDE = 8192
 """Model width from which the FFN is chosen as measured at Llama-3.1-70B's."""
-FP8_FEW_ROWS_MAX = 8
-"""Rows of fp8 weights up to which one product streams them past: 16 rows took twice as long as 32 by wgmma."""
+EIGHT_BITS_FEW_ROWS_MAX = 8
+"""Rows up to which one product streams weights of 8 bits past, whatever their format and shape."""
 LIBRARY_ROWS_WIDE = range(257, 1025)
 """Rows, about the 512 measured, at which cuBLAS makes a wide model's gate and up products: ours was no faster."""
 
@@ -147,14 +147,21 @@ def product(x: Tensor, weight: Quantized) -> Tensor:
     if x.shape[0] == 0 or x.dtype == float32:
         return library.linear_in_chunks(x, weight)
     few = x.shape[0] <= nvrtc_quantized.ROWS_MAX
-    slow = weight.format == "fp8" and x.shape[0] > FP8_FEW_ROWS_MAX
-    if (slow or not few) and nvrtc_quantized.many_rows_chosen(x, weight):
+    if (not few or _slow_past(x, weight)) and nvrtc_quantized.many_rows_chosen(x, weight):
         return nvrtc_quantized.many_rows(x, weight)
     if few:
         return few_rows_quantized(x, weight, None)
     if x.shape[0] <= quantized.ROWS_MAX:
         return quantized.linear(x, weight)
     return library.linear_in_chunks(x, weight, quantized.dequantize)
+
+
+def _slow_past(x: Tensor, weight: Quantized) -> bool:
+    """Whether wgmma, made for more rows, was measured faster at these few: with 9 to 16 rows, fp8 took half the time
+    by it, and int8 less where a matrix has far more columns than rows, since there it is cut into parts of columns."""
+    rows, columns = weight.shape
+    wide = weight.format == "int8" and columns >= 2 * rows
+    return x.shape[0] > EIGHT_BITS_FEW_ROWS_MAX and (weight.format == "fp8" or wide)
 
 
 def gate_up_quantized(x: Tensor, w1: Quantized, w3: Quantized) -> Tensor:

@@ -88,3 +88,23 @@ def test_a_run_under_pytest_benchmark_records_where_how_and_how_near(tmp_path: P
         assert extra["share_of_roof"] == pytest.approx(
             rate / extra["median_ms"] * 1e3 / extra["roofs"]["copy_bytes_per_s"]
         )
+
+
+def test_results_of_a_part_take_the_places_of_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import merge_results
+
+    def run(cpu: str, **rows: float) -> dict[str, object]:
+        machine = {"mhaffn": {"cpu": cpu, "cores": 2, "gpu": None}}
+        return {"machine_info": machine, "benchmarks": [{"fullname": n, "median": s} for n, s in rows.items()]}
+
+    both = merge_results.merged(run("A", b=2.5, c=4.0), run("A", a=1.0, b=2.0))
+    assert both["benchmarks"] == run("A", a=1.0, b=2.5, c=4.0)["benchmarks"]
+    with pytest.raises(ValueError, match="got results of .'B'"):
+        merge_results.merged(run("B", b=1.0), run("A", a=1.0))
+
+    target, empty = tmp_path / "results.json", tmp_path / "empty.json"
+    target.write_text(json.dumps(run("A", a=1.0)), encoding="utf-8")
+    empty.touch()  # a run that was stopped before its first row
+    assert subprocess.run([sys.executable, merge_results.__file__, empty, target]).returncode == 1
+    assert json.loads(target.read_text(encoding="utf-8")) == run("A", a=1.0)

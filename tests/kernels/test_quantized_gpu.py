@@ -111,7 +111,7 @@ def test_products(implementation, rows, width, format, group, zeros, dtype):
         pytest.skip("for sm_90, through CuPy")
     a, b = (weight(format, rows, width, group, zeros) for _ in range(2))
     if implementation == "sm90":
-        for m, number in ((63, 0), (17, 0), (128, 1), (300, 2), (257, 3)):
+        for m, number in ((9, 0), (63, 0), (17, 0), (128, 1), (300, 2), (257, 3)):
             x, tile = randn(m, width, dtype), SM90_TILES[number]
             for cut in divisions(m, rows, width, tile):
                 check(lambda x=x, t=tile, c=cut: nvrtc_quantized.many_rows(x, a, t, c), x, [a], product)
