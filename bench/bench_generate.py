@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def measure(models: list[Contender], ids: torch.Tensor, tokens: int, rounds: int
     first = samples[models[0].name]
     rows = []
     for name, figures in samples.items():
-        row: dict[str, Any] = {"implementation": name} | {k: summary(sum(v, [])) for k, v in figures.items()}
+        row: dict[str, Any] = {"implementation": name} | {k: summary([*chain(*v)]) for k, v in figures.items()}
         row["decode_ms_a_token"] = row.pop("decode")["median_ms"]
         row["times_unmodified"] = {
             figure: statistics.median(

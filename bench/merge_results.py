@@ -9,7 +9,6 @@ its own commit, versions and clocks; what stands at the head of the file is of t
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def main() -> int:
         values = merged(values, json.loads(target.read_text(encoding="utf-8")))
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    partial.replace(target)
     print(f"{len(values['benchmarks'])} rows in {target}")
     return 0
 

@@ -46,6 +46,8 @@ from mhaffn.store import Store
 CHUNK = 16 << 20
 DISTINCT = 8
 TURNS = 3
+TURNS_OF_A_DISK = 5
+"""Disks drift more than links and processors do, so their turns are more, and the medians over them steadier."""
 WINDOW_S = 3.0
 CUDA = torch.cuda.is_available()
 Tiers = Mapping[Sublayer, Tier]
@@ -154,16 +156,17 @@ def measure(store: Store, mix: Mix, passes: int, compute: Mapping[int, Compute])
             work = partial(run, model, tokens)
             work()
             # A window's ends are uncertain by a sublayer on its way: long windows make that small.
-            count = max(passes if tokens <= 4096 else 1, math.ceil(WINDOW_S / seconds_a_pass(work, 1)))
+            count = max(1 if read or tokens > 4096 else passes, math.ceil(WINDOW_S / seconds_a_pass(work, 1)))
             peak = torch.cuda.max_memory_reserved() if CUDA else 0  # before links alone take memory of their own
             samples: list[float] = []
             ssd: list[float] = []
             h2d: list[float] = []
-            for turn in range(TURNS + 1):
+            turns = TURNS_OF_A_DISK if read else TURNS
+            for turn in range(turns + 1):
                 wait_for_prefetch(model)
                 ssd += [ssd_speed(store)] if read else []
                 h2d += [h2d_speed()] if copied else []
-                if turn < TURNS:
+                if turn < turns:
                     samples.append(seconds_a_pass(work, count))
             plan, info = model.runner.plan, model.runner.reader_info()
             links = {
@@ -173,8 +176,8 @@ def measure(store: Store, mix: Mix, passes: int, compute: Mapping[int, Compute])
             }
             bounds = {link: statistics.median(times) for link, times in links.items()}
             link = max(bounds, key=lambda key: bounds[key])
-            turns = links[link] * TURNS if len(links[link]) == 1 else links[link]
-            ratios = [sample / bound for sample, bound in zip(samples, turns, strict=True)]
+            alone = links[link] * turns if len(links[link]) == 1 else links[link]
+            ratios = [sample / bound for sample, bound in zip(samples, alone, strict=True)]
             speeds = Links(statistics.median(ssd) if read else 1e12, statistics.median(h2d) if copied else None)
             steps = {s: Work(nbytes[s], compute[tokens].of[s.kind]) for s in mix.tiers}
             seconds = statistics.median(samples)
