@@ -100,7 +100,7 @@ def test_results_of_a_part_take_the_places_of_earlier_ones(tmp_path: Path, monke
 
     both = merge_results.merged(run("A", b=2.5, c=4.0), run("A", a=1.0, b=2.0))
     assert both["benchmarks"] == run("A", a=1.0, b=2.5, c=4.0)["benchmarks"]
-    with pytest.raises(ValueError, match="got results of .'B'"):
+    with pytest.raises(ValueError, match=r"got results of \('B'"):
         merge_results.merged(run("B", b=1.0), run("A", a=1.0))
 
     target, empty = tmp_path / "results.json", tmp_path / "empty.json"
