@@ -59,9 +59,9 @@ def _bind_context(index: int) -> None:
 class Function(threading.local):
     """A CUDA function and the memory that its launches are described in.
 
-    ``arguments`` are :mod:`struct` codes: ``P`` a pointer, ``q`` 64 bits, ``i`` 32 bits. With ``overlap`` (programmatic
-    dependent launch) the kernel itself waits for the one before it. The driver copies what it is given; each thread has
-    memory of its own.
+    ``arguments`` are :mod:`struct` codes: ``P`` a pointer, ``q`` 64 bits, ``i`` 32 bits, ``f`` a float. With
+    ``overlap`` (programmatic dependent launch) the kernel itself waits for the one before it. The driver copies what it
+    is given; each thread has memory of its own.
     """
 
     def __init__(self, function: int, arguments: str, threads: int, shared: int = 0, overlap: bool = False) -> None:
@@ -76,7 +76,7 @@ class Function(threading.local):
         self.reference = ctypes.byref(self.configuration)
         self.function = ctypes.c_void_p(function)
 
-    def __call__(self, grid: tuple[int, int], stream: int, *arguments: int) -> None:
+    def __call__(self, grid: tuple[int, int], stream: int, *arguments: float) -> None:
         self.pack(self.memory, 0, *arguments)
         configuration = self.configuration
         configuration.grid_x, configuration.grid_y = grid

@@ -64,8 +64,11 @@ def attention(
     if q.dtype == float32:  # no matrix units in IEEE float32: nothing to win, and PyTorch's sums round less
         return library.attention(q, k, v, causal, kv_lens, mask, scale)
     if t <= DECODE_TOKENS_MAX:
+        from . import nvrtc_attention
         from .attention_decode import attention_decode
 
+        if nvrtc_attention.chosen(q, k, v, kv_lens, mask):
+            return nvrtc_attention.attention_decode(q, k, v, kv_lens, softmax_scale)
         return attention_decode(q, k, v, causal, kv_lens, mask, softmax_scale)
     plain = kv_lens is None and mask is None
     if plain and q.numel() and _gluon(q):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhaffn.kernels import nvrtc, nvrtc_quantized, tiles
+from mhaffn.kernels import nvrtc, nvrtc_attention, nvrtc_quantized, tiles
 
 from . import sass
 
@@ -57,11 +57,16 @@ QUANTIZED = [
 ]
 
 
+CLUSTERS = {"WARPS": 8, "BLOCKS": 2, "CLUSTER": 16}
+
+
 def _cuda_cases():
     """(source, architecture, options) of every tile, of every kind of weight for one tile a table."""
     seen = set()
     for arch in tiles.SHARED_MEMORY_LIMIT:
         table = tiles.table(arch)
+        for half, dim, rule in itertools.product((False, True), nvrtc_attention.DIMS, table["attention_decode_cuda"]):
+            seen.add((nvrtc_attention.SOURCE, arch, nvrtc_attention.defines(half, dim, rule["tile"])))
         for half, gated in itertools.product((False, True), repeat=2):
             dtype = torch.float16 if half else torch.bfloat16
             suffix = "_gated" if gated else ""
@@ -79,6 +84,10 @@ def _cuda_cases():
                         for by_row in (False,) if zeros else (False, True):
                             options = nvrtc_quantized.sm90_defines(dtype, format, scales, zeros, by_row, rule["tile"])
                             seen.add((nvrtc_quantized.SOURCE_SM90, "sm_90a", options))
+    clusters = nvrtc_attention.defines(
+        False, 128, {**tiles.table("sm_90")["attention_decode_cuda"][0]["tile"], **CLUSTERS}
+    )
+    seen.add((nvrtc_attention.SOURCE, "sm_90", clusters))
     return sorted(seen)
 
 

@@ -17,6 +17,7 @@ SIZES = {
         "keys": (1, 1 << 20),
         "programs": (1, 512),
     },
+    "attention_decode_cuda": {"dim": (64, 128), "programs": (1, 8, 512), "keys": (1, 1 << 20)},
     "attention_prefill": {"element": (2, 4), "dim": (16, 64, 128, 256)},
     "few_rows": {"element": (2, 4), "rows": (16, 64), "per_processor": (1, 1000)},
     "few_rows_gated": {"element": (2, 4), "rows": (16, 64), "per_processor": (1, 1000)},

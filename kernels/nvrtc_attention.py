@@ -1,0 +1,147 @@
+"""Attention of one query token over many keys in CUDA C++, ``attention_decode.cu``: the sibling of what
+``attention_decode.py`` does in Triton, for groups of up to 8 heads of 64 or 128, bf16 and fp16, without a mask.
+
+The splits of the keys are joined by the blocks of a cluster, where the tile says so, or by a second kernel. Lengths are
+read on the device and grids depend on shapes only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import nvrtc, tiles
+from .launch import INT32_MAX, Function, driver, stream_of
+
+SOURCE = "attention_decode.cu"
+DIMS = (64, 128)
+GROUP_MAX = 8
+SPLITS_MAX = 128
+GRID_MAX = 65535
+STEP = 16
+"""Keys that a warp takes at a time."""
+COMPILED = ("WARPS", "BLOCKS", "DEPTH", "AHEAD", "BULK", "SIGNAL", "CLUSTER")
+"""What of a tile the kernel is compiled with. INTERLEAVED, HEADS_FIRST and WAVES only change how it is launched."""
+LOG2E = 1.4426950408889634
+_CLUSTER_OF_MORE_THAN_8 = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+
+
+def defines(half: bool, dim: int, tile: tiles.Tile) -> tuple[str, ...]:
+    """The -D options of ``attention_decode.cu``."""
+    values = {"HALF": int(half), "DIM": dim, **{name: tile[name] for name in COMPILED}}
+    return tuple(f"-D{name}={value}" for name, value in values.items())
+
+
+class Plan(NamedTuple):
+    """What is launched for calls of one kind."""
+
+    split: Function
+    combine: Function | None
+    splits: int
+    interleaved: int
+    heads_first: int
+
+
+@cache
+def _kernels(options: tuple[str, ...], warps: int, cluster: int, index: int) -> tuple[Function, Function]:
+    split, combine = (nvrtc.function_pointer(n, SOURCE, options, index) for n in ("attention_decode", "combine"))
+    overlap = tiles.gpu(index).overlap
+    if cluster > 8:
+        status = driver().cuFuncSetAttribute(ctypes.c_void_p(split), _CLUSTER_OF_MORE_THAN_8, 1)
+        if status:
+            raise RuntimeError(f"cuFuncSetAttribute: got CUDA error {status}, expected 0")
+    return (
+        Function(split, "PPPPPPPqqqqqqqqqqfiiiiiii", 32 * warps, overlap=overlap),
+        Function(combine, "PPPqqiii", 128, overlap=overlap),
+    )
+
+
+def split_count(programs: int, keys: int, processors: int, tile: tiles.Tile) -> int:
+    """Splits of the keys: those of a cluster, or as many as give each processor WAVES blocks with a step a warp."""
+    if tile["CLUSTER"] > 1:
+        return tile["CLUSTER"]
+    wanted = max(1, processors * tile["WAVES"] // programs)
+    return max(1, min(wanted, -(-keys // (STEP * tile["WARPS"])), SPLITS_MAX))
+
+
+def plan(half: bool, dim: int, programs: int, keys: int, index: int, tile: tiles.Tile) -> Plan:
+    split, combine = _kernels(defines(half, dim, tile), tile["WARPS"], tile["CLUSTER"], index)
+    splits = split_count(programs, keys, tiles.gpu(index).processors, tile)
+    two = splits > 1 and tile["CLUSTER"] == 1
+    return Plan(split, combine if two else None, splits, tile["INTERLEAVED"], tile["HEADS_FIRST"])
+
+
+def _tile(machine: tiles.Machine, dim: int, programs: int, keys: int) -> tiles.Tile:
+    return tiles.tile("attention_decode_cuda", machine.arch, dim=dim, programs=programs, keys=keys)
+
+
+@lru_cache(256)
+def _plan(half: bool, dim: int, programs: int, keys: int, index: int) -> Plan:
+    return plan(half, dim, programs, keys, index, _tile(tiles.gpu(index), dim, programs, keys))
+
+
+@lru_cache(256)
+def _default(machine: tiles.Machine, dim: int, programs: int, keys: int) -> bool:
+    return bool(_tile(machine, dim, programs, keys)["DEFAULT"])
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether this kernel can read these tensors."""
+    b, t, heads, dim = q.shape
+    if t != 1 or mask is not None or q.element_size() != 2 or dim not in DIMS or k.numel() == 0:
+        return False
+    if heads > GROUP_MAX * k.shape[2] or b * k.shape[2] > GRID_MAX or k.shape[1] > INT32_MAX - 128 * STEP:
+        return False
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        return False
+    (q_b, _, q_h, _), (k_b, k_s, k_h, _), (v_b, v_s, v_h, _) = q.stride(), k.stride(), v.stride()
+    if (q_b | q_h | k_b | k_s | k_h | v_b | v_s | v_h) % 8:
+        return False
+    return kv_lens is None or (kv_lens.dtype in (torch.int32, torch.int64) and kv_lens.is_contiguous())
+
+
+def chosen(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether this kernel, rather than its Triton sibling, is the default here."""
+    if not fits(q, k, v, kv_lens, mask):
+        return False
+    b, s, h, dim = k.shape
+    return _default(tiles.machine(q.device), dim, b * h, s) and nvrtc.available()
+
+
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, scale: float, chosen_plan: Plan | None = None
+) -> Tensor:
+    """q [B, 1, HQ, K], k and v [B, S, H, K] (unit last stride) -> [B, 1, HQ, K]; as :func:`fits` wants them."""
+    b, s, h, dim = k.shape
+    heads = q.shape[2]
+    if v.shape != k.shape or q.shape != (b, 1, heads, dim) or heads % h or not fits(q, k, v, kv_lens, None):
+        raise ValueError(
+            f"attention_decode: got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} of {q.dtype}; one "
+            f"token, groups of at most {GROUP_MAX}, heads of {DIMS}, 16-byte aligned rows, lengths in int32 or int64"
+        )
+    index = torch.cuda.current_device() if q.device.index is None else q.device.index
+    half = q.dtype == torch.float16
+    found = _plan(half, dim, b * h, s, index) if chosen_plan is None else chosen_plan
+    split, combine, splits, interleaved, heads_first = found
+    group = heads // h
+    out = torch.empty((b, 1, heads, dim), dtype=q.dtype, device=q.device)
+    partial_at = lse_at = 0
+    if combine is not None:
+        partial = torch.empty(splits * b * heads * (dim + 1), dtype=torch.float32, device=q.device)
+        partial_at = partial.data_ptr()
+        lse_at = partial_at + splits * b * heads * dim * 4
+    lens_at, lens_words = (0, 0) if kv_lens is None else (kv_lens.data_ptr(), kv_lens.element_size() // 4)
+    (q_b, _, q_h, _), (k_b, k_s, k_h, _), (v_b, v_s, v_h, _) = q.stride(), k.stride(), v.stride()
+    stream = stream_of(index)
+    split(
+        (b * h, splits) if heads_first else (splits, b * h), stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), lens_at,
+        out.data_ptr(), partial_at, lse_at, q_b, q_h, k_b, k_s, k_h, v_b, v_s, v_h, heads * dim, dim, scale * LOG2E, s,
+        h, group, splits, interleaved, heads_first, lens_words,
+    )  # fmt: skip
+    if combine is not None:
+        combine((group, b * h), stream, partial_at, lse_at, out.data_ptr(), heads * dim, dim, h, group, splits)
+    return out
