@@ -1,13 +1,11 @@
 """Attention of one query token over many keys in CUDA C++, ``attention_decode.cu``: the sibling of what
 ``attention_decode.py`` does in Triton, for groups of up to 8 heads of 64 or 128, bf16 and fp16, without a mask.
 
-The splits of the keys are joined by the blocks of a cluster, where the tile says so, or by a second kernel. Lengths are
-read on the device and grids depend on shapes only.
+The splits of the keys are joined by a second kernel. Lengths are read on the device and grids depend on shapes only.
 """
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import nvrtc, tiles
-from .launch import INT32_MAX, Function, driver, stream_of
+from .launch import INT32_MAX, Function, stream_of
 
 SOURCE = "attention_decode.cu"
 DIMS = (64, 128)
@@ -24,10 +22,9 @@ SPLITS_MAX = 128
 GRID_MAX = 65535
 STEP = 16
 """Keys that a warp takes at a time."""
-COMPILED = ("WARPS", "BLOCKS", "DEPTH", "AHEAD", "BULK", "SIGNAL", "CLUSTER")
-"""What of a tile the kernel is compiled with. INTERLEAVED, HEADS_FIRST and WAVES only change how it is launched."""
+COMPILED = ("WARPS", "BLOCKS", "DEPTH", "AHEAD")
+"""What of a tile the kernel is compiled with. INTERLEAVED and WAVES only change how it is launched."""
 LOG2E = 1.4426950408889634
-_CLUSTER_OF_MORE_THAN_8 = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 
 def defines(half: bool, dim: int, tile: tiles.Tile) -> tuple[str, ...]:
@@ -43,36 +40,28 @@ class Plan(NamedTuple):
     combine: Function | None
     splits: int
     interleaved: int
-    heads_first: int
 
 
 @cache
-def _kernels(options: tuple[str, ...], warps: int, cluster: int, index: int) -> tuple[Function, Function]:
+def _kernels(options: tuple[str, ...], warps: int, index: int) -> tuple[Function, Function]:
     split, combine = (nvrtc.function_pointer(n, SOURCE, options, index) for n in ("attention_decode", "combine"))
     overlap = tiles.gpu(index).overlap
-    if cluster > 8:
-        status = driver().cuFuncSetAttribute(ctypes.c_void_p(split), _CLUSTER_OF_MORE_THAN_8, 1)
-        if status:
-            raise RuntimeError(f"cuFuncSetAttribute: got CUDA error {status}, expected 0")
     return (
-        Function(split, "PPPPPPPqqqqqqqqqqfiiiiiii", 32 * warps, overlap=overlap),
+        Function(split, "PPPPPPPqqqqqqqqqqfiiiiii", 32 * warps, overlap=overlap),
         Function(combine, "PPPqqiii", 128, overlap=overlap),
     )
 
 
 def split_count(programs: int, keys: int, processors: int, tile: tiles.Tile) -> int:
-    """Splits of the keys: those of a cluster, or as many as give each processor WAVES blocks with a step a warp."""
-    if tile["CLUSTER"] > 1:
-        return tile["CLUSTER"]
+    """Splits of the keys: as many as give each processor WAVES blocks, each with a step a warp at least."""
     wanted = max(1, processors * tile["WAVES"] // programs)
     return max(1, min(wanted, -(-keys // (STEP * tile["WARPS"])), SPLITS_MAX))
 
 
 def plan(half: bool, dim: int, programs: int, keys: int, index: int, tile: tiles.Tile) -> Plan:
-    split, combine = _kernels(defines(half, dim, tile), tile["WARPS"], tile["CLUSTER"], index)
+    split, combine = _kernels(defines(half, dim, tile), tile["WARPS"], index)
     splits = split_count(programs, keys, tiles.gpu(index).processors, tile)
-    two = splits > 1 and tile["CLUSTER"] == 1
-    return Plan(split, combine if two else None, splits, tile["INTERLEAVED"], tile["HEADS_FIRST"])
+    return Plan(split, combine if splits > 1 else None, splits, tile["INTERLEAVED"])
 
 
 def _tile(machine: tiles.Machine, dim: int, programs: int, keys: int) -> tiles.Tile:
@@ -126,7 +115,7 @@ def attention_decode(
     index = torch.cuda.current_device() if q.device.index is None else q.device.index
     half = q.dtype == torch.float16
     found = _plan(half, dim, b * h, s, index) if chosen_plan is None else chosen_plan
-    split, combine, splits, interleaved, heads_first = found
+    split, combine, splits, interleaved = found
     group = heads // h
     out = torch.empty((b, 1, heads, dim), dtype=q.dtype, device=q.device)
     partial_at = lse_at = 0
@@ -138,9 +127,9 @@ def attention_decode(
     (q_b, _, q_h, _), (k_b, k_s, k_h, _), (v_b, v_s, v_h, _) = q.stride(), k.stride(), v.stride()
     stream = stream_of(index)
     split(
-        (b * h, splits) if heads_first else (splits, b * h), stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), lens_at,
+        (splits, b * h), stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), lens_at,
         out.data_ptr(), partial_at, lse_at, q_b, q_h, k_b, k_s, k_h, v_b, v_s, v_h, heads * dim, dim, scale * LOG2E, s,
-        h, group, splits, interleaved, heads_first, lens_words,
+        h, group, splits, interleaved, lens_words,
     )  # fmt: skip
     if combine is not None:
         combine((group, b * h), stream, partial_at, lse_at, out.data_ptr(), heads * dim, dim, h, group, splits)

@@ -13,15 +13,14 @@
 // - pᵀ is the scores' layout but transposed, 8 × 8 at a time: one movmatrix each.
 // The maximum that exponents are relative to is renewed only where a score passes it by more than 2^8: such weights are
 // still exact enough in 16 bits, and warps need not agree on it. Warps are joined through shared memory in a fixed
-// order, splits of the keys by the blocks of a cluster, or by the second kernel here.
+// order, splits of the keys by the second kernel here.
 //
 // Keys are dealt in steps of 16: warp w of a split takes every WARPS-th step of the split's range, or, interleaved,
 // every (splits * WARPS)-th of all. Before the wait for the kernel before, which may still write q, k and v, the first
-// AHEAD steps are asked into L2; nothing is read.
+// AHEAD steps are asked into L2; nothing is read. The next kernel may start as soon as every block here runs.
 //
 // Compiled with -D HALF=0|1 (bf16|fp16), DIM, WARPS, BLOCKS (that a processor should hold), DEPTH (steps in registers),
-// AHEAD, BULK=0|1 (ask by line or by row), SIGNAL (the next kernel may start: 1 when this one has, 0 when a warp has
-// read all, n when it has n - 1 steps to read), CLUSTER (blocks that join their splits; 1: none).
+// AHEAD.
 
 #if HALF
 #include <cuda_fp16.h>
@@ -251,13 +250,6 @@ __device__ inline void ask(Place p, const Steps& steps) {
     for (int a = 0; a < AHEAD; ++a) {
         const int step = steps.first + a * steps.stride;
         if (step >= steps.end) return;
-#if BULK
-        const int lane = lane_index(), key = lane % 16;
-        const element* row = lane < 16 ? p.k - 8 * (lane % 4) + (key - lane / 4) * p.k_stride
-                                       : p.v - 8 * (lane / 4) + (key - lane % 4 * 2) * p.v_stride;
-        if (kStep * step + key < p.length)
-            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(2 * DIM));
-#else
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -270,7 +262,6 @@ __device__ inline void ask(Place p, const Steps& steps) {
             for (int h = 0; h < kHalves; ++h)
                 if (kStep * step + key_of_value(r) < p.length)
                     asm volatile("prefetch.global.L2 [%0];" ::"l"(p.v + (r / 2 * 8 + r % 2) * p.v_stride + 64 * h));
-#endif
         p.k += p.k_advance;
         p.v += p.v_advance;
     }
@@ -305,9 +296,6 @@ __device__ inline void attend(Sums& sums, Query& query, Place p, const Steps& st
         for (int d = 0; d < DEPTH; ++d) {
             const int step = first + d * steps.stride, next = step + DEPTH * steps.stride;
             if (step >= steps.end) break;
-#if SIGNAL > 1
-            if (next + (SIGNAL - 1) * steps.stride >= steps.end) signal();
-#endif
             float c[4];
             unsigned weights[2];
             score(c, keys[d], query);
@@ -324,34 +312,6 @@ struct Joined {
     alignas(16) float at[WARPS][kHeads][kStride];
 };
 
-#if CLUSTER > 1
-// One block's sums, for the blocks of its cluster to read.
-struct Shared {
-    float top[kHeads], total[kHeads];
-    float4 at[kHeads][DIM / 4];
-};
-
-__device__ inline unsigned at_rank(const void* p, int rank) {
-    unsigned remote, local = static_cast<unsigned>(__cvta_generic_to_shared(p));
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-    return remote;
-}
-
-__device__ inline float read(const float* p, int rank) {
-    float x;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(at_rank(p, rank)) : "memory");
-    return x;
-}
-
-__device__ inline float4 read(const float4* p, int rank) {
-    float4 x;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(at_rank(p, rank))
-                 : "memory");
-    return x;
-}
-#endif
 
 // Four neighbouring results, rounded.
 __device__ inline void store(element* p, float4 x) {
@@ -367,19 +327,15 @@ __device__ inline void add(float4& sum, float4 x, float f) {
     sum.w += x.w * f;
 }
 
-extern "C" __global__ void
-#if CLUSTER > 1
-    __cluster_dims__(CLUSTER, 1, 1)
-#endif
-        __launch_bounds__(32 * WARPS, BLOCKS)
-            attention_decode(const element* q, const element* k, const element* v, const int* lens, element* out,
-                             float* partial, float* lse, long long q_batch, long long q_head, long long k_batch,
-                             long long k_key, long long k_head, long long v_batch, long long v_key, long long v_head,
-                             long long out_batch, long long out_head, float scale_log2, int s, int heads, int group,
-                             int splits, int interleaved, int heads_first, int lens_words) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+    attention_decode(const element* q, const element* k, const element* v, const int* lens, element* out,
+                     float* partial, float* lse, long long q_batch, long long q_head, long long k_batch,
+                     long long k_key, long long k_head, long long v_batch, long long v_key, long long v_head,
+                     long long out_batch, long long out_head, float scale_log2, int s, int heads, int group, int splits,
+                     int interleaved, int lens_words) {
     __shared__ Joined joined;
     __shared__ Query query;
-    const int split = heads_first ? blockIdx.y : blockIdx.x, head_index = heads_first ? blockIdx.x : blockIdx.y;
+    const int split = blockIdx.x, head_index = blockIdx.y;
     const int warp = warp_index(), lane = lane_index();
     const long long batch = head_index / heads, head = head_index % heads;
     const element* first_k = k + batch * k_batch + head * k_head + lane / 4 * k_key + 8 * (lane % 4);
@@ -395,9 +351,7 @@ extern "C" __global__ void
     Steps steps = steps_of(split, splits, length, interleaved);
     Place p = place(steps, length);
     ask(p, steps);  // the length may still change: here it only chooses what to ask
-#if SIGNAL == 1
     signal();
-#endif
     await_predecessor();
 
     if (const int now = length_of(lens, batch, lens_words, s); now != length) {
@@ -409,9 +363,6 @@ extern "C" __global__ void
     sums.top[0] = sums.top[1] = kLow;
     attend(sums, query, p, steps,
            q + batch * q_batch + (head * group + lane / 4) * q_head + 8 * (lane % 4), scale_log2, lane / 4 < group);
-#if SIGNAL != 1
-    signal();
-#endif
 
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -423,9 +374,6 @@ extern "C" __global__ void
             joined.total[warp][2 * lane + e] = sums.total[e];
         }
     }
-#if CLUSTER > 1
-    __shared__ Shared shared;
-#endif
 #pragma unroll
     for (int pass = 0; pass < DIM / kJoined; ++pass) {
         if (pass > 0) __syncthreads();
@@ -453,13 +401,6 @@ extern "C" __global__ void
                 total += joined.total[w][row] * weight;
                 add(sum, *reinterpret_cast<const float4*>(&joined.at[w][row][4 * place]), weight);
             }
-#if CLUSTER > 1
-            shared.at[row][dim / 4] = sum;
-            if (dim == 0) {
-                shared.top[row] = top;
-                shared.total[row] = total;
-            }
-#else
             if (row >= group) continue;
             const bool empty = total == 0.0f;
             sum = sum * (1.0f / (empty ? 1.0f : total));
@@ -467,44 +408,11 @@ extern "C" __global__ void
                 store(out + batch * out_batch + (head * group + row) * out_head + dim, sum);
                 continue;
             }
-            const long long at = ((long long)split * (heads_first ? gridDim.x : gridDim.y) + head_index) * group + row;
+            const long long at = ((long long)split * gridDim.y + head_index) * group + row;
             *reinterpret_cast<float4*>(partial + at * DIM + dim) = sum;
             if (dim == 0) lse[at] = empty ? nothing() : top + log2f(total);
-#endif
         }
     }
-#if CLUSTER > 1
-    // Each block writes a part of the results; CLUSTER neighbouring threads read the blocks' sums of four of them.
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    constexpr int kMine = kHeads * DIM / 4 / CLUSTER;
-    for (int i = threadIdx.x; i < kMine * CLUSTER; i += 32 * WARPS) {
-        const int place = split * kMine + i / CLUSTER, rank = i % CLUSTER;
-        const int row = place / (DIM / 4), part = place % (DIM / 4);
-        float4 sum = read(&shared.at[row][part], rank);
-        float total = read(&shared.total[row], rank);
-        const float top = read(&shared.top[row], rank);
-        float highest = top;
-#pragma unroll
-        for (int lanes = 1; lanes < CLUSTER; lanes *= 2)
-            highest = fmaxf(highest, __shfl_xor_sync(0xFFFFFFFF, highest, lanes));
-        const float weight = exp2_fast(top - highest);
-        sum = sum * weight;
-        total *= weight;
-#pragma unroll
-        for (int lanes = 1; lanes < CLUSTER; lanes *= 2) {
-            const float4 other = make_float4(
-                __shfl_xor_sync(0xFFFFFFFF, sum.x, lanes), __shfl_xor_sync(0xFFFFFFFF, sum.y, lanes),
-                __shfl_xor_sync(0xFFFFFFFF, sum.z, lanes), __shfl_xor_sync(0xFFFFFFFF, sum.w, lanes));
-            add(sum, other, 1.0f);
-            total += __shfl_xor_sync(0xFFFFFFFF, total, lanes);
-        }
-        if (rank == 0 && row < group)
-            store(out + batch * out_batch + (head * group + row) * out_head + 4 * part,
-                  sum * (1.0f / (total == 0.0f ? 1.0f : total)));
-    }
-    // No block may leave while others read its shared memory.
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
 }
 
 // One query head: the splits' sums, weighed by their share of the softmax. Block (row of the group, batch and head).

@@ -26,11 +26,9 @@ VARIANTS = {
     "table": {},
     "one split": {"WAVES": 0},
     "two steps in registers": {"WARPS": 8, "BLOCKS": 1, "DEPTH": 2},
-    "interleaved": {"WARPS": 4, "BLOCKS": 4, "WAVES": 4, "INTERLEAVED": 1},
-    "heads first": {"HEADS_FIRST": 1, "AHEAD": 2, "BULK": 1, "SIGNAL": 3},
-    "16 warps": {"WARPS": 16, "BLOCKS": 1, "SIGNAL": 0, "AHEAD": 0},
-    "cluster of 2": {"WARPS": 8, "BLOCKS": 2, "CLUSTER": 2},
-    "cluster of 16": {"WARPS": 8, "BLOCKS": 2, "CLUSTER": 16, "INTERLEAVED": 1},
+    "interleaved": {"WARPS": 4, "BLOCKS": 4, "DEPTH": 1, "WAVES": 4, "INTERLEAVED": 1},
+    "one step in registers": {"WARPS": 8, "BLOCKS": 2, "DEPTH": 1, "AHEAD": 2},
+    "16 warps": {"WARPS": 16, "BLOCKS": 1, "DEPTH": 1, "AHEAD": 0},
 }
 
 
@@ -62,8 +60,6 @@ def run(q, k, v, lens=None, variant="table"):
     b, s, h, dim = k.shape
     machine = tiles.machine(q.device)
     tile = tiles.tile("attention_decode_cuda", machine.arch, dim=dim, programs=b * h, keys=s) | VARIANTS[variant]
-    if tile["CLUSTER"] > 1 and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("clusters came with sm_90")
     plan = nvrtc_attention.plan(q.dtype == torch.float16, dim, b * h, s, q.device.index, tile)
     return nvrtc_attention.attention_decode(q, k, v, lens, dim**-0.5, plan)
 

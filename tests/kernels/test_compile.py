@@ -57,9 +57,6 @@ QUANTIZED = [
 ]
 
 
-CLUSTERS = {"WARPS": 8, "BLOCKS": 2, "CLUSTER": 16}
-
-
 def _cuda_cases():
     """(source, architecture, options) of every tile, of every kind of weight for one tile a table."""
     seen = set()
@@ -84,10 +81,6 @@ def _cuda_cases():
                         for by_row in (False,) if zeros else (False, True):
                             options = nvrtc_quantized.sm90_defines(dtype, format, scales, zeros, by_row, rule["tile"])
                             seen.add((nvrtc_quantized.SOURCE_SM90, "sm_90a", options))
-    clusters = nvrtc_attention.defines(
-        False, 128, {**tiles.table("sm_90")["attention_decode_cuda"][0]["tile"], **CLUSTERS}
-    )
-    seen.add((nvrtc_attention.SOURCE, "sm_90", clusters))
     return sorted(seen)
 
 
