@@ -137,7 +137,7 @@ class Stream:
         resident = self._residents.weights.get(sublayer)
         if resident is not None:
             return resident
-        if self._torn or self._cycle[self._next] != sublayer:
+        if self._torn or self._held or self._cycle[self._next] != sublayer:  # held: an interrupt kept it from release
             self._torn = True
             self._stop()
             self._start(self._cycle.index(sublayer), self._trace.number)

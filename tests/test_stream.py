@@ -439,6 +439,32 @@ def test_an_interrupt_between_two_steps_gives_no_wrong_weights(kind: Any, tiny_m
             assert greedy(model) == expected
 
 
+def test_an_interrupt_before_the_release_of_the_last_sublayer_blocks_no_later_pass(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next pass begins where the cycle stands, so that nothing is out of order."""
+    folder = tiny_model()
+    expected = resident_tokens(folder)
+    tiers: dict[Sublayer, Tier] = {s: "ssd" if s == Sublayer(2, "ffn") else "dram" for s in order(3)}
+    with mhaffn.load(folder, gpu=None, dram=None, device="cpu", tiers=tiers) as model:
+        span = HostDevice.span
+
+        def interrupted(device: HostDevice, lane: Any, sublayer: Sublayer, *options: Any) -> None:
+            if sublayer == Sublayer(2, "ffn"):
+                raise KeyboardInterrupt
+            span(device, lane, sublayer, *options)
+
+        for _ in range(4):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(HostDevice, "span", interrupted)
+                greedy(model)
+        results: list[list[int]] = []
+        thread = threading.Thread(target=lambda: results.append(greedy(model)), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert results == [expected]
+
+
 def test_a_forked_child_is_told_to_load_again(tiny_model: Model) -> None:
     with mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu") as model:
         greedy(model, 1)
