@@ -81,7 +81,8 @@ class Plan:
     @property
     def dram_bytes(self) -> int:
         """All host memory the plan uses: what is pinned, in huge pages, and what a CPU computes with."""
-        pinned = _huge_pages(self.staging_bytes) + _huge_pages(self.dram_tier_bytes)
+        resident = self.dram_tier_bytes + (0 if self.copies else self.gpu_tier_bytes)
+        pinned = _huge_pages(self.staging_bytes) + _huge_pages(resident)
         return pinned + (0 if self.copies else self.fixed_bytes)
 
     def streamed(self, tier: Tier | None = None) -> list[Sublayer]:

@@ -210,6 +210,15 @@ def test_without_memory_of_its_own_a_device_computes_from_the_host_budget() -> N
         make_plan(model(), "bfloat16", dram=least.dram_bytes - 1, copies=False, work=WORK)
 
 
+def test_what_is_placed_on_the_gpu_of_a_device_without_memory_counts_for_the_host() -> None:
+    config = model(layers=4, hidden=512)
+    tiers: dict[Sublayer, Tier] = dict.fromkeys(order(4), "gpu")
+    plan = make_plan(config, "bfloat16", copies=False, work=WORK, tiers=tiers)
+    assert plan.gpu_bytes == 0 and plan.dram_bytes >= plan.fixed_bytes + sum(images(config).values())
+    with pytest.raises(BudgetError, match=rf"at least .*\({plan.dram_bytes} bytes\)"):
+        make_plan(config, "bfloat16", dram=plan.dram_bytes - 1, copies=False, work=WORK, tiers=tiers)
+
+
 def test_long_prompts_go_through_in_steps() -> None:
     """Activations grow with the prompt by its hidden states alone once it takes more than one step."""
     sizes = Sizes(model(), "bfloat16")
