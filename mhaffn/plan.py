@@ -191,10 +191,13 @@ def make_plan(
     the distance instead (1 where the budgets hold no longer one). ``formats`` and ``stored`` are those of
     :class:`Sizes`. With the ``speeds`` of a machine placements are simulated on it.
 
-    Raises :class:`BudgetError`, naming the minimum, when a budget cannot hold what must be there.
+    Raises :class:`BudgetError`, naming the minimum, when a budget cannot hold what must be there, and
+    :class:`ConfigError` where ``tiers`` are not those of all sublayers.
     """
     if prefetch is not None and prefetch < 1:
         raise ConfigError(f"got prefetch = {prefetch}, expected at least 1")
+    if tiers is not None:
+        _check_placed(tiers, config)
     work = work or Workload()
     sizes = Sizes(config, dtype, formats or Formats(), stored or {})
     memory = _Memory(
@@ -211,6 +214,18 @@ def make_plan(
         if plan is not None:
             return plan
     raise memory.too_small(tiers)
+
+
+def _check_placed(tiers: Mapping[Sublayer, Tier], config: ModelConfig) -> None:
+    """Every sublayer of the model is placed, nothing else, and on tiers there are."""
+    sublayers = list(order(config.num_layers))
+    for sublayer in (*sublayers, *(key for key in tiers if key not in sublayers)):
+        tier = tiers.get(sublayer, "none")
+        if tier not in TIERS or sublayer not in sublayers:
+            raise ConfigError(
+                f"got tier {tier!r} for {sublayer}, expected {', '.join(TIERS)} for each of the {len(sublayers)} "
+                f"sublayers of {config.num_layers} layers, and no others"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mhaffn.config import KINDS, ModelConfig, Sublayer, order
-from mhaffn.errors import BudgetError
+from mhaffn.errors import BudgetError, ConfigError
 from mhaffn.formats import Formats
 from mhaffn.plan import (
     CHUNK_TOKENS,
@@ -321,6 +321,22 @@ def test_tiers_by_hand() -> None:
     plan = make_plan(model(), "bfloat16", copies=True, work=WORK, tiers=placed)
     assert plan.tiers == placed
     check(plan, model(), "bfloat16", None, None, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({Sublayer(2, "ffn"): None}, "got tier 'none' for layer 2 ffn, expected gpu, dram, ssd for each of the 16"),
+        ({Sublayer(7, "mha"): "DRAM"}, "got tier 'DRAM' for layer 7 mha, expected gpu, dram, ssd"),
+        ({Sublayer(8, "mha"): "ssd"}, "got tier 'ssd' for layer 8 mha, expected .* of 8 layers, and no others"),
+        ({"0.mha": "ssd"}, "got tier 'ssd' for 0.mha, expected .* and no others"),
+    ],
+)
+def test_tiers_by_hand_of_other_sublayers_or_names_are_refused(change: dict[Any, Any], message: str) -> None:
+    tiers: dict[Any, Any] = dict.fromkeys(order(8), "ssd") | change
+    tiers = {sublayer: tier for sublayer, tier in tiers.items() if tier is not None}
+    with pytest.raises(ConfigError, match=message):
+        make_plan(model(), "bfloat16", copies=True, work=WORK, tiers=tiers)
 
 
 def test_sizes() -> None:
