@@ -140,8 +140,9 @@ class Runner:
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[B, T, D]`` to logits ``[B, T, vocabulary]``."""
-        resident = self.resident
-        return linear(x, resident["embedding" if self.config.tie_word_embeddings else "head"])
+        head = self.resident["embedding" if self.config.tie_word_embeddings else "head"]
+        rows = x.reshape(-1, x.shape[-1])  # of the slices of a batch torch makes products with a copy of the head each
+        return linear(rows, head).view(*x.shape[:-1], head.shape[0])
 
     def sweep(self) -> None:
         """One pass over all weights without compute: what the links alone take."""

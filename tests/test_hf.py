@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -459,6 +460,18 @@ def test_inputs_embeds_and_logits_to_keep(tiny_model: Model, device: str) -> Non
         whole = model(ids).logits
         assert torch.equal(model(inputs_embeds=model.runner.embed(ids)).logits, whole)
         torch.testing.assert_close(model(ids, logits_to_keep=1).logits, whole[:, -1:])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_logits_of_the_last_token_take_no_copy_of_the_head(batch: int, tiny_model: Model) -> None:
+    """No budget counts one: a pass holds the logits themselves, and much less besides."""
+    with streamed(tiny_model(dtype="bfloat16", vocab_size=20_000), "cpu") as model:
+        head = model.runner.resident["head"].nbytes
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            logits = model(prompt(batch), logits_to_keep=1).logits
+        assert logits.nbytes < head / 10
+        assert 0 < max(event.self_cpu_memory_usage for event in seen.key_averages()) < head / 2
 
 
 def test_gpu_tier_and_devices_are_checked(tiny_model: Model) -> None:
