@@ -16,7 +16,7 @@ from mhaffn.config import KINDS, Kind, ModelConfig
 from mhaffn.errors import ConfigError
 from mhaffn.files import read_json_object
 from mhaffn.forecast import PHASES, Machine
-from mhaffn.plan import Sizes, Workload
+from mhaffn.plan import Workload
 from mhaffn.simulate import Links
 from mhaffn.trace import Phase
 
@@ -128,8 +128,7 @@ class Profile:
         if gpu is None:
             gpu = self.gpu_bytes
         if dram is None:
-            shared = Sizes(config, "bfloat16").fixed(work) if self.h2d is None else 0  # the host is the device then
-            dram = max(self.dram_bytes - shared, 0)
+            dram = self.dram_bytes
         tokens: dict[Phase, int] = {"prefill": work.tokens, "decode": 1}
         compute_s: dict[Phase, Mapping[Kind, float]] = {
             phase: {kind: self.compute_s(config, kind, tokens[phase]) for kind in KINDS} for phase in PHASES

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mhaffn.config import ModelConfig
 from mhaffn.errors import ConfigError
-from mhaffn.forecast import changes
-from mhaffn.plan import Sizes, Workload
+from mhaffn.forecast import changes, forecast
+from mhaffn.plan import Workload
 from mhaffn.planning import Hardware, machine_for
 from mhaffn.profile import Compute, Profile, Widths
 
@@ -87,11 +87,14 @@ def test_other_widths_and_tokens_follow_bytes_and_operations(factor: int, tokens
         assert PROFILE.compute_s(CONFIG, "ffn", tokens) == pytest.approx(15e-3 * tokens / 2048)
 
 
-def test_budgets_of_a_machine_without_gpu_leave_room_for_what_the_model_needs_beside() -> None:
+def test_budgets_of_a_machine_without_gpu_hold_once_what_the_model_needs_beside() -> None:
     machine = WITHOUT_GPU.machine(CONFIG, None, None, WORK)
     assert machine.gpu is None and machine.links.h2d is None
-    assert machine.dram == (50 << 30) - Sizes(CONFIG, "bfloat16").fixed(WORK)
+    assert machine.dram == 50 << 30, "a plan counts it"
     assert WITHOUT_GPU.machine(CONFIG, None, 1 << 30, WORK).dram == 1 << 30
+    streamed = forecast("streamed", CONFIG, replace(machine, dram=None))
+    least = replace(WITHOUT_GPU, dram_bytes=streamed.plan.dram_bytes)
+    assert forecast("as it is", CONFIG, least.machine(CONFIG, None, None, WORK)).plan.dram_bytes <= least.dram_bytes
     base = changes(CONFIG, machine)[0]
     assert base.plan.count("dram") == 16 and base.passes["decode"].binding == "compute"
 
