@@ -34,6 +34,8 @@ SCRATCH_BYTES = 192 << 20
 """What products with weights in few bits hold besides: dequantised rows, or arranged inputs and partial sums."""
 CHUNK_TOKENS = 4096
 """Positions a sublayer works on at once: a longer prompt goes through its weights in several steps."""
+CHOICE_BYTES = 56
+"""What choosing the next token holds for each logit at most: in float32, sorted with places, summed up, masked."""
 
 
 def _huge_pages(nbytes: int) -> int:
@@ -136,7 +138,7 @@ class Sizes:
         elements = work.tokens * 4 * c.hidden_size + min(work.tokens, CHUNK_TOKENS) * step
         narrow = any(len(self.tensors(s)) > len(c.sublayer_shapes(s.kind)) for s in order(c.num_layers))
         item = ITEM_BYTES[self.dtype]
-        logits = c.vocab_size * (4 * 4 + (work.logits - 1) * (item + 4))  # of the last token sampling makes copies
+        logits = c.vocab_size * (CHOICE_BYTES + (work.logits - 1) * (item + 4))  # only the last token's are chosen from
         return work.batch * (elements * item + logits) + narrow * SCRATCH_BYTES
 
     def fixed(self, work: Workload) -> int:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import mhaffn
 import mhaffn.runner
+from mhaffn.bench.memory import Watch
 from mhaffn.config import Sublayer, order
 from mhaffn.device import HostDevice
 from mhaffn.errors import BudgetError, ChecksumError, EngineUnavailableError, ReadError, StreamError, TruncatedFileError
@@ -234,6 +235,24 @@ def test_rss_of_a_streamed_model_is_staging_and_residents_not_the_model(tiny_mod
         grown = rss() - before
         assert grown < plan.staging_bytes + 24 * 2**20 < weights
         assert grown < plan.dram_bytes  # the whole budget holds embedding, head, KV cache and activations too
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True, "top_p": 0.9, "top_k": 50}, {"do_sample": False, "num_beams": 4}], ids=str
+)
+def test_choosing_tokens_of_a_large_vocabulary_keeps_to_the_budget(options: dict[str, Any], tiny_model: Model) -> None:
+    folder, batch = tiny_model(dtype="bfloat16", vocab_size=128_000), 32
+    ids = torch.randint(2, 200, (batch // options.get("num_beams", 1), 8))
+
+    def generate(model: mhaffn.StreamedLlama, ids: torch.Tensor) -> None:
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, **options)
+
+    with mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu") as warm_up:
+        generate(warm_up, ids[:1])
+    watch = Watch(torch.device("cpu"))
+    with mhaffn.load(folder, gpu=None, dram=None, device="cpu", context=16, batch=batch) as model:
+        generate(model, ids)
+        assert watch.peaks()["dram"] <= model.runner.plan.dram_bytes + (12 << 20)  # torch's own
 
 
 def test_the_trace_counts_every_byte_once_a_pass(tiny_model: Model) -> None:
