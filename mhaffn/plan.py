@@ -141,6 +141,10 @@ class Sizes:
         logits = c.vocab_size * (CHOICE_BYTES + (work.logits - 1) * (item + 4))  # only the last token's are chosen from
         return work.batch * (elements * item + logits) + narrow * SCRATCH_BYTES
 
+    def masks(self, work: Workload) -> int:
+        """What attention on a CPU holds besides: which keys each query of a step sees, in bool and as a bias."""
+        return work.batch * min(work.tokens, CHUNK_TOKENS) * work.context * (2 + ITEM_BYTES[self.dtype])
+
     def fixed(self, work: Workload) -> int:
         """What every plan holds besides sublayers: embedding, norm, head, KV cache, activations."""
         return self.resident() + self.kv_cache(work) + self.activations(work)
@@ -205,7 +209,7 @@ def make_plan(
     memory = _Memory(
         work=work,
         images={sublayer: sizes.image(sublayer) for sublayer in order(config.num_layers)},
-        fixed=sizes.fixed(work) + (LIBRARY_BYTES if copies else 0),
+        fixed=sizes.fixed(work) + (LIBRARY_BYTES if copies else sizes.masks(work)),
         gpu=gpu if copies else None,
         dram=dram,
         copies=copies,

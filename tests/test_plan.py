@@ -204,7 +204,7 @@ def test_what_stays_on_ssd_is_spread_over_the_pass(layers: int, share: float) ->
 
 def test_without_memory_of_its_own_a_device_computes_from_the_host_budget() -> None:
     least = make_plan(model(), "bfloat16", copies=False, work=WORK, prefetch=1)
-    assert least.gpu_bytes == 0 and least.dram_bytes > least.fixed_bytes == Sizes(model(), "bfloat16").fixed(WORK)
+    assert least.gpu_bytes == 0 and least.dram_bytes > least.fixed_bytes > Sizes(model(), "bfloat16").fixed(WORK)
     assert make_plan(model(), "bfloat16", dram=least.dram_bytes, copies=False, work=WORK).dram_bytes <= least.dram_bytes
     with pytest.raises(BudgetError, match=rf"at least .*\({least.dram_bytes} bytes\)"):
         make_plan(model(), "bfloat16", dram=least.dram_bytes - 1, copies=False, work=WORK)

@@ -255,6 +255,24 @@ def test_choosing_tokens_of_a_large_vocabulary_keeps_to_the_budget(options: dict
         assert watch.peaks()["dram"] <= model.runner.plan.dram_bytes + (12 << 20)  # torch's own
 
 
+@pytest.mark.parametrize(("batch", "context", "tokens"), [(1, 8192, 8192), (3, 2048, 2048)], ids=["steps", "padding"])
+def test_masks_of_long_prompts_keep_to_the_budget(batch: int, context: int, tokens: int, tiny_model: Model) -> None:
+    folder = tiny_model(
+        dtype="bfloat16", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context
+    )
+    ids = torch.randint(2, 200, (batch, context - 4))
+    seen = torch.ones_like(ids)
+    seen[1:, :9] = 0
+    with mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu") as warm_up:
+        greedy(warm_up)
+    watch = Watch(torch.device("cpu"))
+    with mhaffn.load(
+        folder, gpu=None, dram=None, device="cpu", context=context, tokens=tokens, batch=batch
+    ) as model:  # fmt: skip
+        model.generate(ids, attention_mask=seen, max_new_tokens=2, do_sample=False)
+        assert watch.peaks()["dram"] <= model.runner.plan.dram_bytes + (24 << 20)  # torch's own
+
+
 def test_the_trace_counts_every_byte_once_a_pass(tiny_model: Model) -> None:
     folder = tiny_model()
     store = Store.open(folder)
