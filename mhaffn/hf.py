@@ -182,8 +182,9 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
         return self
 
     def close(self) -> None:
-        """Ends all transfers and frees all weights; may be called more than once."""
-        self._finalizer()
+        """Ends all transfers and frees all weights; may be called more than once, and again after an interrupt."""
+        self.runner.close()
+        self._finalizer.detach()
 
     def __enter__(self) -> Self:
         return self

@@ -106,7 +106,8 @@ class Stream:
         self._copied: deque[tuple[_Read, Event]] = deque()
         self._checked: set[Sublayer] = set()
         self._error: BaseException | None = None
-        self._closed = self._stopping = False
+        self._closing = threading.RLock()
+        self._closed = self._stopping = self._freed_all = False
         self._next = self._next_read = self._due = self._moving_pass = 0
         self._unhashed: SimpleQueue[_Read | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -171,10 +172,14 @@ class Stream:
         self._torn = torn
 
     def close(self) -> None:
-        """Ends all transfers and frees all memory of the stream; may be called more than once."""
-        if self._closed:
-            return
-        self._closed = True
+        """Ends all transfers and frees all memory of the stream; may be called again, an interrupted one too."""
+        with self._closing:
+            if not self._freed_all:
+                self._closed = True
+                self._free_all()
+                self._freed_all = True
+
+    def _free_all(self) -> None:
         self._stop()
         self._reader.close()
         self._slots = torch.empty(0, dtype=torch.uint8)

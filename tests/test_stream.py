@@ -22,7 +22,15 @@ import mhaffn.runner
 from mhaffn.bench.memory import Watch
 from mhaffn.config import Sublayer, order
 from mhaffn.device import HostDevice
-from mhaffn.errors import BudgetError, ChecksumError, EngineUnavailableError, ReadError, StreamError, TruncatedFileError
+from mhaffn.errors import (
+    BudgetError,
+    ChecksumError,
+    EngineUnavailableError,
+    PinnedMemoryError,
+    ReadError,
+    StreamError,
+    TruncatedFileError,
+)
 from mhaffn.formats import Formats
 from mhaffn.plan import TIERS, Plan, Tier, Workload, make_plan
 from mhaffn.ring import ByteRing
@@ -422,14 +430,34 @@ def test_two_passes_at_once_are_refused(tiny_model: Model) -> None:
 
 
 def test_close_in_the_middle_of_a_pass_is_quick_and_final(tiny_model: Model) -> None:
-    before = set(threading.enumerate())
-    model = mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu")
+    folder, before = tiny_model(), set(threading.enumerate())  # making a model starts a thread of tqdm's
+    model = mhaffn.load(folder, gpu=None, dram=None, device="cpu")
     greedy(model, 1)
     assert set(threading.enumerate()) - before
     started = time.perf_counter()
     model.close()
     assert time.perf_counter() - started < 5
     assert not set(threading.enumerate()) - before
+
+
+def test_a_close_that_was_interrupted_can_be_done_again(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, before = tiny_model(), set(threading.enumerate())
+    model = mhaffn.load(folder, gpu=None, dram=None, device="cpu")
+    greedy(model, 1)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mhaffn.stream.threading.Thread.join", interrupted)
+        model.close()
+    with pytest.raises(StreamError, match="closed"):
+        greedy(model, 1)
+    model.close()
+    model.close()
+    assert not set(threading.enumerate()) - before
+    with pytest.raises(PinnedMemoryError, match="closed"):
+        model.runner.staging_info()
 
 
 def sweep_until_error(model: mhaffn.StreamedLlama, errors: list[BaseException]) -> None:
