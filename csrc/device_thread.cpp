@@ -63,7 +63,7 @@ void DeviceThread::run() {
   if (!ring) return fail_all(failure);
   publish(ring.get());
   EngineCore core(*ring, {setup_.depth, kStallS}, counts_);
-  for (;;) {
+  while (ring) {
     if (take(core) && core.idle()) break;
     const double due = core.fill();
     {
@@ -71,8 +71,10 @@ void DeviceThread::run() {
       hungry_ = core.hungry();
     }
     core.finish_until(due);
+    if (ring->refusal()) step_down(core, ring, failure);
   }
   publish(nullptr);
+  if (!ring) fail_all(failure);
 }
 
 std::unique_ptr<WakeableRing> DeviceThread::make_ring() {
@@ -93,11 +95,44 @@ std::unique_ptr<WakeableRing> DeviceThread::make_ring() {
 #endif
   if (!ring) ring = make_thread_ring(setup_, features);
   std::lock_guard<std::mutex> lock(mutex_);
-  info_.engine = name;
+  describe(name, features);
+  return ring;
+}
+
+void DeviceThread::step_down(EngineCore& core, std::unique_ptr<WakeableRing>& ring, Failure& failure) {
+  failure = *ring->refusal();
+  const int error = failure.error;
+  const std::string reason = failure.message;
+  const auto holds = [&](uint64_t token) { return ring->holds(token); };
+  // Some rings go on telling how the reads end that they hold.
+  const double deadline = monotonic_s() + kDrainS;
+  while (core.any_in_flight(holds) && monotonic_s() < deadline) core.finish_until(deadline);
+
+  std::unique_ptr<WakeableRing> next;
+  RingFeatures features;
+  try {
+    if (engine_ == EngineKind::kUring || !setup_.log->allow(reason + ": preadv threads", "")) {
+      failure.message += "; engine=\"threads\" works without it";
+    } else {
+      next = make_thread_ring(setup_, features);
+    }
+  } catch (const Error& no_threads) {
+    failure = no_threads.failure();
+  }
+  core.leave_ring(error, reason, holds, next.get());
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ring_ = next.get();
+    describe(next ? "threads" : info_.engine, features);
+  }
+  ring = std::move(next);
+}
+
+void DeviceThread::describe(const std::string& engine, const RingFeatures& features) {
+  info_.engine = engine;
   info_.registered_buffers = features.registered_buffers;
   info_.registered_files = features.registered_files;
   info_.detail = features.detail;
-  return ring;
 }
 
 void DeviceThread::publish(WakeableRing* ring) {
@@ -127,6 +162,7 @@ void DeviceThread::fail_all(const Failure& failure) {
     {
       std::unique_lock<std::mutex> lock(mutex_);
       info_.detail = failure.message;
+      hungry_ = true;
       change_.wait(lock, [&] { return stopping_ || !jobs_.empty(); });
       poked_ = false;
       jobs.swap(jobs_);

@@ -29,9 +29,14 @@ class DeviceThread {
 
  private:
   static constexpr double kStallS = 30.0;
+  static constexpr double kDrainS = 1.0;
 
   void run();
   std::unique_ptr<WakeableRing> make_ring();
+  // Goes on without a ring that takes nothing any more, or sets `failure` where it may not.
+  void step_down(EngineCore& core, std::unique_ptr<WakeableRing>& ring, Failure& failure);
+  // Under the lock.
+  void describe(const std::string& engine, const RingFeatures& features);
   void publish(WakeableRing* ring);
   // Moves new jobs into the core; true when stopping.
   bool take(EngineCore& core);

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <string>
@@ -57,6 +58,8 @@ class Job {
   virtual void progressed(size_t piece, uint32_t done, double now) = 0;
   // Called at most once a piece; stopped() is true afterwards.
   virtual void failed(Failure failure) = 0;
+  // A read of it may write to its memory for as long as the process lives: nobody else may ever have that memory.
+  virtual void lost() = 0;
   // Nothing of this job is in flight, and nothing will be. The last call.
   virtual void drained(double now) = 0;
 };
@@ -105,8 +108,11 @@ class EngineCore {
  public:
   static constexpr double kForever = 3600.0;
 
+  // Whether a ring that takes nothing more still has the read of this token.
+  using Holds = std::function<bool(uint64_t token)>;
+
   EngineCore(Ring& ring, CoreLimits limits, CoreCounts& counts)
-      : ring_(ring), limits_(limits), counts_(counts), flights_(limits.depth) {}
+      : ring_(&ring), limits_(limits), counts_(counts), flights_(limits.depth) {}
 
   void add(std::shared_ptr<Job> job) {
     auto entry = std::make_shared<Entry>();
@@ -123,7 +129,7 @@ class EngineCore {
         retire(flight);
       } else if (!flight.cancelling) {
         flight.cancelling = true;
-        ring_.cancel(token(flight));
+        ring_->cancel(token(flight));
       }
     }
     const auto kept =
@@ -132,13 +138,13 @@ class EngineCore {
     queue_.erase(kept, queue_.end());
     for (const auto& entry : stopped) {
       entry->next = entry->end;
-      if (entry->active == 0) entry->job->drained(ring_.now());
+      if (entry->active == 0) entry->job->drained(ring_->now());
     }
   }
 
   // Submits all that can be; returns when the next resting read is due.
   double fill() {
-    const double now = ring_.now();
+    const double now = ring_->now();
     double due = now + kForever;
     for (Flight& flight : flights_) {
       if (flight.state == State::kResting) {
@@ -158,8 +164,42 @@ class EngineCore {
   // Waits for completions, at most until `due`, and acts on them; returns early when woken.
   void finish_until(double due) {
     Completion batch[kBatch];
-    const size_t count = ring_.complete(batch, kBatch, std::max(0.0, due - ring_.now()));
+    const size_t count = ring_->complete(batch, kBatch, std::max(0.0, due - ring_->now()));
     for (size_t i = 0; i < count; ++i) finish(batch[i]);
+  }
+
+  // The ring takes nothing more, because of `error`, and may never tell how its reads ended. Jobs of reads that it
+  // `holds` fail, and their memory is lost; all others go on with `next`, or fail too where that is none.
+  void leave_ring(int error, const std::string& reason, const Holds& holds, Ring* next) {
+    const double now = ring_->now();
+    for (Flight& flight : flights_) {
+      if (flight.state == State::kFree) continue;
+      Job& job = *flight.entry->job;
+      const bool held = flight.state == State::kFlying && holds(token(flight));
+      if (flight.state == State::kFlying) landed(flight, now);
+      if ((held || !next) && !job.stopped()) {
+        job.failed(failure_of(job.pieces()[flight.piece], flight.done, ErrorKind::kRead, error, reason));
+      }
+      if (held) job.lost();
+      if (job.stopped()) {
+        retire(flight);
+      } else {
+        ++flight.generation;  // what the old ring may still say of it is said of nobody
+        ++counts_.retries;
+        flight.due_s = now;
+      }
+    }
+    if (next) {
+      ring_ = next;
+      return;
+    }
+    for (const auto& entry : std::exchange(queue_, {})) {
+      Job& job = *entry->job;
+      if (!job.stopped() && entry->next < entry->end) {
+        job.failed(failure_of(job.pieces()[entry->next], 0, ErrorKind::kRead, error, reason));
+      }
+      job.drained(now);
+    }
   }
 
   // After fill(): another job could be started at once. While false, some completion or due time is certain to come.
@@ -167,6 +207,10 @@ class EngineCore {
   bool idle() const { return active_ == 0 && queue_.empty(); }
   // Reads the ring has not completed: while there are any, their memory must stay.
   unsigned in_flight() const { return flying_; }
+  bool any_in_flight(const Holds& holds) const {
+    return std::any_of(flights_.begin(), flights_.end(),
+                       [&](const Flight& flight) { return flight.state == State::kFlying && holds(token(flight)); });
+  }
 
  private:
   static constexpr size_t kBatch = 64;
@@ -239,9 +283,9 @@ class EngineCore {
     flight.asked = std::min(piece.length - flight.done, flight.limit);
     flight.direct = piece.source->direct();
     flight.state = State::kFlying;
-    if (flying_++ == 0) counted_until_s_ = ring_.now();
-    ring_.submit({token(flight), piece.source, piece.offset + flight.done, piece.address + flight.done, flight.asked,
-                  flight.blocking});
+    if (flying_++ == 0) counted_until_s_ = ring_->now();
+    ring_->submit({token(flight), piece.source, piece.offset + flight.done, piece.address + flight.done, flight.asked,
+                   flight.blocking});
   }
 
   void finish(const Completion& completion) {
@@ -249,15 +293,19 @@ class EngineCore {
     if (index >= flights_.size()) return;
     Flight& flight = flights_[index];
     if (flight.state != State::kFlying || token(flight) != completion.token) return;
-    const double now = ring_.now();
-    --flying_;
-    counts_.busy_s = counts_.busy_s + (now - counted_until_s_);
-    counted_until_s_ = now;
-    flight.state = State::kResting;
+    const double now = ring_->now();
+    landed(flight, now);
     if (flight.entry->job->stopped()) return retire(flight);
     if (completion.result > 0) return advance(flight, static_cast<uint32_t>(completion.result), now);
     if (completion.result == 0) return truncated(flight, flight.done);
     failed(flight, -completion.result, now);
+  }
+
+  void landed(Flight& flight, double now) {
+    --flying_;
+    counts_.busy_s = counts_.busy_s + (now - counted_until_s_);
+    counted_until_s_ = now;
+    flight.state = State::kResting;
   }
 
   void advance(Flight& flight, uint32_t count, double now) {
@@ -333,12 +381,17 @@ class EngineCore {
   }
 
   void fail(Flight& flight, ErrorKind kind, int error, const std::string& detail) {
-    const Piece& piece = flight.entry->job->pieces()[flight.piece];
+    Job& job = *flight.entry->job;
+    job.failed(failure_of(job.pieces()[flight.piece], flight.done, kind, error, detail));
+    retire(flight);
+  }
+
+  static Failure failure_of(const Piece& piece, uint32_t done, ErrorKind kind, int error, const std::string& detail) {
     Failure failure;
     failure.kind = kind;
     failure.path = piece.source->path();
-    failure.offset = piece.offset + flight.done;
-    failure.length = piece.need - flight.done;
+    failure.offset = piece.offset + done;
+    failure.length = piece.need - done;
     failure.error = error;
     const std::string wanted = std::to_string(failure.length) + " bytes at " + std::to_string(failure.offset);
     if (kind == ErrorKind::kTruncated) {
@@ -352,8 +405,7 @@ class EngineCore {
       failure.message = failure.path + ": reading " + wanted + " failed: " + errno_text(error) +
                         (detail.empty() ? "" : " (" + detail + ")");
     }
-    flight.entry->job->failed(std::move(failure));
-    retire(flight);
+    return failure;
   }
 
   void retire(Flight& flight) {
@@ -368,10 +420,10 @@ class EngineCore {
       queue_.erase(std::remove(queue_.begin(), queue_.end(), entry), queue_.end());
       entry->next = entry->end;
     }
-    entry->job->drained(ring_.now());
+    entry->job->drained(ring_->now());
   }
 
-  Ring& ring_;
+  Ring* ring_;
   const CoreLimits limits_;
   CoreCounts& counts_;
   std::vector<Flight> flights_;

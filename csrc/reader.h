@@ -57,7 +57,7 @@ class Reader {
   // Never blocks. Throws std::invalid_argument where the slot is too small or the place is not aligned.
   std::shared_ptr<Request> submit(std::vector<Extent> extents, std::shared_ptr<Lease> lease, uint64_t slot_offset);
   ReaderInfo info() const;
-  // Cancels and drains everything. What could not be drained in time is leaked; returns how many bytes.
+  // Cancels and drains everything. What could not be drained in time is leaked; returns how many bytes ever were.
   uint64_t close();
 
   // "static", "shared" or "none".

@@ -73,7 +73,10 @@ void Request::finish(double now, bool keep_lease) {
     finishing_ = true;
     lease = std::move(lease_);
   }
-  if (keep_lease && lease) Arena::leak(lease);
+  if (keep_lease && lease) {
+    Arena::leak(lease);
+    router_->leaked(layout_.cover_bytes);
+  }
   lease.reset();  // before waiters wake: they may lease the same bytes at once
   {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -62,7 +62,7 @@ class Request {
   void progressed(size_t run, uint32_t done, double now);
   void fail(Failure failure);
   void part_drained(double now);
-  // Something may still write to its memory: the lease is never given back.
+  // It is over, but something may still write to its memory: the lease is never given back.
   void abandon();
   void finish(double now, bool keep_lease);
   uint64_t wait_until(uint64_t nbytes, std::optional<double> timeout_s, const Interrupt& interrupt);
@@ -105,6 +105,7 @@ class Part : public Job {
   void started(double now) override { request_->started(now); }
   void progressed(size_t piece, uint32_t done, double now) override { request_->progressed(runs_[piece], done, now); }
   void failed(Failure failure) override { request_->fail(std::move(failure)); }
+  void lost() override { request_->abandon(); }
   void drained(double now) override { request_->part_drained(now); }
 
  private:

@@ -17,6 +17,10 @@ enum class EngineKind { kAuto, kUring, kThreads };
 class WakeableRing : public Ring {
  public:
   virtual void wake() = 0;
+  // Why it will never take anything again, with the errno; null while it works.
+  virtual const Failure* refusal() const { return nullptr; }
+  // Of a ring that takes nothing again: whether the kernel has this read already, and may go on with it.
+  virtual bool holds(uint64_t) const { return false; }
 };
 
 struct RingSetup {

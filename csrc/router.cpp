@@ -67,16 +67,11 @@ uint64_t Router::close() {
     std::lock_guard<std::mutex> lock(mutex_);
     requests = live();
   }
-  uint64_t leaked = 0;
-  for (const auto& request : requests) {
-    leaked += request->layout().cover_bytes;
-    request->abandon();
-  }
-  leaked_bytes_ += leaked;
+  for (const auto& request : requests) request->abandon();
   std::lock_guard<std::mutex> lock(mutex_);
   closed_ = true;
   closed_change_.notify_all();
-  return leaked;
+  return leaked_bytes_;
 }
 
 ReaderInfo Router::info() const {

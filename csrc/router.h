@@ -35,9 +35,11 @@ class Router : public std::enable_shared_from_this<Router> {
   void over(const Request* request);
   // A request stopped: wherever its parts are, they need not be read.
   void poke_all();
+  // Memory of a request is never used again.
+  void leaked(uint64_t nbytes) { leaked_bytes_ += nbytes; }
   void progressed(double now) { last_progress_s_.store(now, std::memory_order_relaxed); }
   double last_progress_s() const { return last_progress_s_.load(std::memory_order_relaxed); }
-  // Returns the bytes leaked by this call. A second call waits for the first.
+  // Returns the bytes leaked, ever. A second call waits for the first and returns none.
   uint64_t close();
   ReaderInfo info() const;
 

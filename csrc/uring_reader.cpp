@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <optional>
 #include <thread>
 #include <unordered_map>
 
@@ -89,16 +90,21 @@ class UringRing : public WakeableRing {
   }
 
   ~UringRing() override {
-    // A fork that lives on holds the ring; it must not hold memory and files with it.
-    io_uring_unregister_buffers(&ring_);
-    io_uring_unregister_files(&ring_);
+    // A fork that lives on holds the ring; it must not hold memory and files with it. A ring that was refused may have
+    // reads that nobody hears of any more, and some kernels would wait for them here.
+    if (!refusal_) {
+      io_uring_unregister_buffers(&ring_);
+      io_uring_unregister_files(&ring_);
+    }
     io_uring_queue_exit(&ring_);
   }
 
   double now() override { return monotonic_s(); }
 
   void submit(const Read& read) override {
+    if (refusal_) return;
     auto* file = static_cast<File*>(read.source);
+    flying_[read.token] = {file, read.offset, ring_.sq.sqe_tail};
     io_uring_sqe* sqe = entry();
     const int slot = file_slot(file);
     const int fd = slot >= 0 ? slot : file->fd();
@@ -114,6 +120,7 @@ class UringRing : public WakeableRing {
   }
 
   void cancel(uint64_t token) override {
+    if (refusal_) return;
     io_uring_sqe* sqe = entry();
     io_uring_prep_cancel64(sqe, token, 0);
     io_uring_sqe_set_data64(sqe, kCancelToken);
@@ -121,6 +128,10 @@ class UringRing : public WakeableRing {
 
   size_t complete(Completion* completions, size_t capacity, double wait_s) override {
     const size_t count = reap(completions, capacity);
+    if (refusal_) {
+      if (count == 0) pause_for(wait_s);
+      return count;
+    }
     if (count > 0 || woken_) {
       io_uring_submit(&ring_);
       return count;
@@ -130,10 +141,29 @@ class UringRing : public WakeableRing {
     limit.tv_nsec = static_cast<int64_t>((wait_s - std::floor(wait_s)) * 1e9);
     io_uring_cqe* cqe = nullptr;
     const int error = io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &limit, nullptr);
-    if (error < 0 && error != -ETIME && error != -EINTR) {  // the kernel takes nothing now: not a whole core for asking
-      std::this_thread::sleep_for(std::chrono::duration<double>(std::min(wait_s, 0.001)));
+    switch (error < 0 ? -error : 0) {
+      case 0:
+      case ETIME:
+      case EINTR:
+        break;
+      case EAGAIN:
+      case EBUSY:
+      case ENOMEM:
+        pause_for(wait_s);
+        break;
+      default:
+        refuse(-error);
     }
     return reap(completions, capacity);
+  }
+
+  const Failure* refusal() const override { return refusal_ ? &*refusal_ : nullptr; }
+
+  bool holds(uint64_t token) const override {
+    const auto read = flying_.find(token);
+    if (read == flying_.end()) return false;
+    const unsigned first_left = ring_.sq.sqe_tail - io_uring_sq_ready(&ring_);
+    return static_cast<int>(first_left - read->second.position) > 0;  // they wrap around
   }
 
   void wake() override {
@@ -144,6 +174,25 @@ class UringRing : public WakeableRing {
   }
 
  private:
+  // A read the kernel was, or is to be, asked for; `position` is its place in the submission queue.
+  struct Flying {
+    File* file;
+    uint64_t offset;
+    unsigned position;
+  };
+
+  // The kernel takes nothing now: not a whole core for asking.
+  static void pause_for(double wait_s) {
+    std::this_thread::sleep_for(std::chrono::duration<double>(std::min(wait_s, 0.001)));
+  }
+
+  void refuse(int error) {
+    refusal_.emplace();
+    refusal_->kind = ErrorKind::kUnavailable;
+    refusal_->error = error;
+    refusal_->message = explain("io_uring takes no more requests: ", error);
+  }
+
   // The submission queue has room for a read and a cancellation a place in the core, and the wake-up.
   io_uring_sqe* entry() {
     io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
@@ -173,10 +222,11 @@ class UringRing : public WakeableRing {
         woken_ = true;
       } else if (token != kCancelToken) {
         completions[count++] = {token, cqe->res};
+        flying_.erase(token);
       }
     }
     io_uring_cq_advance(&ring_, seen);
-    if (woken_) arm_wake();
+    if (woken_ && !refusal_) arm_wake();
     return count;
   }
 
@@ -232,6 +282,8 @@ class UringRing : public WakeableRing {
   Fd wake_fd_;
   uint64_t wake_count_ = 0;
   bool woken_ = false;
+  std::optional<Failure> refusal_;
+  std::unordered_map<uint64_t, Flying> flying_;
   char* begin_ = nullptr;
   char* end_ = nullptr;
   bool has_files_ = false;

@@ -89,6 +89,91 @@ def test_memory_that_cannot_be_registered_is_read_into_all_the_same(tmp_path: Pa
     assert (len(reasons), len(errors)) == (1, 1)  # strict alone insists on it
 
 
+BLOCK_URING_LATER = """
+import ctypes, json, struct, sys, time
+from mhaffn.errors import EngineUnavailableError, PinnedMemoryError, ReadError
+from mhaffn.reader import Extent, PinnedArena, Reader
+
+path, error, case = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+options = {"strict": {"strict": True}, "insists": {"engine": "io_uring"}}.get(case, {})
+size = 1 << 20
+
+def block_io_uring_enter():
+    statement = lambda code, value, true=0, false=0: struct.pack("HBBI", code, true, false, value)
+    program = ctypes.create_string_buffer(b"".join([
+        statement(0x20, 0), statement(0x15, 426, 0, 1),
+        statement(0x06, 0x00050000 | error), statement(0x06, 0x7FFF0000),
+    ]))
+    filter = ctypes.create_string_buffer(struct.pack("HxxxxxxP", 4, ctypes.addressof(program)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.syscall(317, 1, 1, filter) == 0, ctypes.get_errno()  # seccomp, in all threads there are
+
+def outcome(request, slot, offset):
+    # "whole", or how it failed.
+    try:
+        request.wait(20)
+    except ReadError as failure:
+        assert (failure.op, failure.path, failure.length > 0) == ("read", path, True), failure
+        assert failure.errno == error and "io_uring takes no more requests" in str(failure), failure
+        return "ReadError"
+    except EngineUnavailableError as failure:
+        assert "io_uring takes no more requests" in str(failure), failure
+        return "EngineUnavailableError"
+    with memoryview(slot) as view:
+        assert view == content[offset : offset + size]
+    return "whole"
+
+options = {"depth": 4, "block_bytes": 128 << 10, **options}
+with PinnedArena(16 << 20, cuda=False) as arena, Reader(arena=arena, **options) as reader:
+    slots = [arena.lease(size, i * size) for i in range(8)]
+    submit = lambda i: reader.submit([Extent(path, i * size, size)], slots[i])
+    content = open(path, "rb").read()
+    submit(0).wait(20)
+    assert reader.info().engine == "io_uring"
+    requests = [submit(i) for i in range(8)] if case == "busy" else []
+    started = time.perf_counter()
+    block_io_uring_enter()
+    requests = requests or [submit(i) for i in range(8)]
+    outcomes = [outcome(request, slots[i], i * size) for i, request in enumerate(requests)]
+    took = time.perf_counter() - started
+    again = outcome(submit(7), slots[7], 7 * size)
+    info, leaked = reader.info(), arena.info().leaked_bytes
+    assert info.leaked_bytes == leaked
+    for slot in slots:
+        slot.release()
+    for i, how in enumerate(outcomes):  # what the kernel may still write to is never leased again
+        try:
+            arena.lease(size, i * size).release()
+        except PinnedMemoryError:
+            assert how == "ReadError" and leaked, (i, how)
+    print(json.dumps([outcomes, again, info.engine, info.reasons, leaked, took]))
+"""
+needs_x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="system calls by number")
+
+
+@needs_x86
+@needs_uring
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS])
+@pytest.mark.parametrize("case", ["idle", "busy", "strict", "insists"])
+def test_an_io_uring_that_is_blocked_later(tmp_path: Path, case: str, error: int) -> None:
+    make_file(tmp_path / "file", 8 * MIB)
+    output = run_python(BLOCK_URING_LATER, str(tmp_path / "file"), str(error), case)
+    outcomes, again, engine, reasons, leaked, took = json.loads(output)
+    assert took < 5
+    if case in ("strict", "insists"):
+        assert set(outcomes) <= {"ReadError", "EngineUnavailableError"} and again == "EngineUnavailableError"
+        assert (engine, reasons, leaked) == ("io_uring", [], 0)
+        return
+    assert (engine, again) == ("threads", "whole")
+    (reason,) = reasons
+    assert errno.errorcode[error] in reason and "seccomp" in reason and "preadv" in reason
+    if case == "idle":
+        assert (set(outcomes), leaked) == ({"whole"}, 0)
+    else:
+        assert leaked == outcomes.count("ReadError") * MIB
+
+
 REFUSE_DIRECT = """
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -26,7 +26,10 @@ namespace {
 uint64_t current_seed = 0;
 bool verbose = false;
 constexpr double kStallS = 2.0;
-std::map<std::string, uint64_t> tally;  // of jobs, by how they ended
+constexpr uint32_t kShortestTry = 64 << 10;  // a read that was refused is not asked for in less than this
+constexpr double kShortestRestS = 50e-6, kLongestRestS = 20e-3;  // before it is asked for again
+constexpr double kStepS = 2e-3;                                  // more than the ring's time goes on at once
+std::map<std::string, uint64_t> tally;                           // of jobs, by how they ended
 
 // Errors that a read is tried again after.
 bool passes(int error) {
@@ -86,6 +89,9 @@ class FakeJob : public Job {
   std::vector<Failure> failures;
   std::set<int> injected;       // errors that it cannot recover from
   std::vector<double> moved_s;  // when each piece was begun or last got on
+  std::vector<int> refusals;    // of each piece, since then
+  std::vector<double> refused_s;
+  bool is_lost = false;
   const double* clock = nullptr;
   bool stop = false;
   int starts = 0;
@@ -100,6 +106,7 @@ class FakeJob : public Job {
     const auto* file = static_cast<FakeFile*>(list[piece].source);
     for (uint32_t i = done[piece]; i < count; ++i) CHECK(list[piece].address[i] == file->at(list[piece].offset + i));
     done[piece] = count;
+    refusals[piece] = 0;
     moved_s[piece] = *clock;
   }
   void failed(Failure failure) override {
@@ -119,6 +126,10 @@ class FakeJob : public Job {
     failures.push_back(std::move(failure));
     stop = true;
   }
+  void lost() override {
+    CHECK(drains == 0 && stop);
+    is_lost = true;
+  }
   void drained(double) override { CHECK(++drains == 1); }
 };
 
@@ -134,6 +145,31 @@ class FakeRing : public Ring {
   double now() override { return now_; }
   const double* clock() const { return &now_; }
 
+  // The kernel takes nothing more, and keeps some of what it has. Whose reads those are learns of it as `error`; all
+  // do where there is nothing to go on with.
+  void refuse(int error, bool last) {
+    for (const Read& read : flying_) {
+      if (chance(500)) held_.push_back(read);
+    }
+    for (const Read& read : held_) owner(read).first->injected.insert(error);
+    for (const auto& job : jobs) {
+      if (last) job->injected.insert(error);
+    }
+  }
+  bool holds(uint64_t token) const {
+    return std::any_of(held_.begin(), held_.end(), [&](const Read& read) { return read.token == token; });
+  }
+  void check_lost() {
+    for (const Read& read : held_) CHECK(owner(read).first->is_lost);
+    for (const auto& job : jobs) CHECK(!job->is_lost || !job->failures.empty() || job->stop);
+  }
+  // Takes this ring for another: nothing is in flight, but what is held may be written to at any time.
+  void begin_again() {
+    for (const Read& read : flying_) left_.push_back(read.token);
+    flying_.clear();
+    cancelled_.clear();
+  }
+
   void submit(const Read& read) override {
     CHECK(flying_.size() < depth_);
     CHECK(read.length > 0);
@@ -144,10 +180,23 @@ class FakeRing : public Ring {
     CHECK(job->drains == 0);
     CHECK(at >= job->done[piece]);  // what was reported ready is never written again
     CHECK(at + read.length <= job->list[piece].length);
-    for (const Read& other : flying_) {
-      CHECK(other.token != read.token);
-      CHECK(read.address + read.length <= other.address || other.address + other.length <= read.address);
+    for (const auto* others : {&flying_, &held_}) {
+      for (const Read& other : *others) {
+        CHECK(other.token != read.token);
+        CHECK(read.address + read.length <= other.address || other.address + other.length <= read.address);
+      }
     }
+    // All that is left, but for what was refused as a whole: that is tried in halves, until it gets on again.
+    const uint32_t left = job->list[piece].length - at;
+    if (job->refusals[piece] == 0) CHECK(read.length == left);
+    if (job->refusals[piece] > 1) CHECK(read.length <= std::max(kShortestTry, job->list[piece].length / 2));
+    CHECK(read.length >= std::min(left, kShortestTry));
+    // After a rest that is short at first, and never long.
+    if (double& refused_s = job->refused_s[piece]; refused_s > 0) {
+      CHECK(now_ - refused_s < (job->refusals[piece] == 1 ? kShortestRestS : kLongestRestS) + kStepS);
+      refused_s = 0;
+    }
+    for (uint64_t token : left_) CHECK(token != read.token);
     ++submissions;
     if (job->moved_s[piece] == 0) job->moved_s[piece] = now_;
     flying_.push_back(read);
@@ -157,6 +206,7 @@ class FakeRing : public Ring {
   }
 
   void cancel(uint64_t token) override {
+    CHECK(std::find(cancelled_.begin(), cancelled_.end(), token) == cancelled_.end());
     for (const Read& read : flying_) {
       if (read.token == token) return cancelled_.push_back(token);
     }
@@ -165,6 +215,7 @@ class FakeRing : public Ring {
 
   size_t complete(Completion* completions, size_t capacity, double wait_s) override {
     CHECK(wait_s >= 0);
+    for (const Read& read : held_) memset(read.address, 0x3C, read.length);
     if (flying_.empty()) {
       now_ += std::min(wait_s, 0.05);
       return 0;
@@ -180,6 +231,11 @@ class FakeRing : public Ring {
       flying_.erase(flying_.begin() + static_cast<std::ptrdiff_t>(pick));
       over_.push_back(read.token);
       completions[i] = {read.token, outcome(read)};
+      if (passes(-completions[i].result) && completions[i].result != -EINTR) {
+        const auto [job, piece] = owner(read);
+        ++job->refusals[piece];
+        job->refused_s[piece] = now_;
+      }
       if (verbose)
         std::printf("%.6f complete %llu+%u: %d\n", now_, (unsigned long long)read.offset, read.length,
                     completions[i].result);
@@ -257,6 +313,8 @@ class FakeRing : public Ring {
   const Odds odds_;
   double now_ = kStart;
   std::vector<Read> flying_;
+  std::vector<Read> held_;
+  std::vector<uint64_t> left_;  // reads that were in flight when it took nothing more
   std::vector<uint64_t> cancelled_;
   std::vector<uint64_t> over_;
   std::map<std::pair<const FakeJob*, const char*>, unsigned> splinters_;  // by where the read goes
@@ -272,16 +330,19 @@ Odds draw_odds(std::mt19937_64& random) {
 }
 
 std::shared_ptr<FakeJob> draw_job(std::mt19937_64& random, std::vector<std::unique_ptr<FakeFile>>& files,
-                                  const double* clock) {
+                                  const double* clock, bool large) {
   constexpr uint32_t kSector = 512;
+  const uint32_t most = large ? 600 : 8;  // sectors a piece
   auto job = std::make_shared<FakeJob>();
   const size_t count = random() % 6;
   std::vector<uint32_t> lengths(count);
   size_t total = kSector;
-  for (uint32_t& length : lengths) total += (length = kSector * static_cast<uint32_t>(1 + random() % 8)) + kSector;
+  for (uint32_t& length : lengths) total += (length = kSector * static_cast<uint32_t>(1 + random() % most)) + kSector;
   job->memory.assign(total, FakeJob::kPoison);
   job->done.assign(count, 0);
   job->moved_s.assign(count, 0.0);
+  job->refusals.assign(count, 0);
+  job->refused_s.assign(count, 0.0);
   job->clock = clock;
   char* place = job->memory.data() + kSector;  // between pieces lies memory that nothing may write to
   for (uint32_t length : lengths) {
@@ -316,9 +377,11 @@ void run_schedule(uint64_t seed) {
   std::mt19937_64 random(seed);
   const unsigned depth = 1 + static_cast<unsigned>(random() % 6);
   std::vector<std::unique_ptr<FakeFile>> files;
+  const bool large = random() % 200 == 0;  // large enough to be tried in parts
   for (int i = 0; i < 2; ++i) {
     const uint32_t sector = random() % 2 ? 512 : 256;
-    files.push_back(std::make_unique<FakeFile>(i, random() % 24000, sector, random() % 4 != 0, random() % 3 != 0));
+    const uint64_t bytes = random() % (large ? 1 << 20 : 24000);
+    files.push_back(std::make_unique<FakeFile>(i, bytes, sector, random() % 4 != 0, random() % 3 != 0));
   }
   const Odds odds = draw_odds(random);
   FakeRing ring(random, depth, odds);
@@ -326,11 +389,12 @@ void run_schedule(uint64_t seed) {
   EngineCore core(ring, {depth, kStallS}, counts);
   std::set<const FakeJob*> cancelled;
   size_t waiting = random() % 5;
+  const int refused_at = random() % 8 ? -1 : static_cast<int>(random() % 40);
   for (int turn = 0; waiting > 0 || !core.idle(); ++turn) {
     CHECK(turn < 200000);
     if (waiting > 0 && random() % 3 == 0) {
       --waiting;
-      auto job = draw_job(random, files, ring.clock());
+      auto job = draw_job(random, files, ring.clock(), large);
       ring.jobs.push_back(job);
       core.add(job);
     }
@@ -340,6 +404,20 @@ void run_schedule(uint64_t seed) {
         job->stop = true;
         cancelled.insert(job);
         core.drop_stopped();
+      }
+    }
+    if (turn == refused_at) {
+      const int error = random() % 2 ? EPERM : ENOSYS;
+      const bool last = random() % 4 == 0;
+      const auto holds = [&](uint64_t token) { return ring.holds(token); };
+      ring.refuse(error, last);
+      core.leave_ring(error, "refused", holds, last ? nullptr : &ring);
+      ring.check_lost();
+      CHECK(!core.any_in_flight(holds) && core.in_flight() == 0);
+      ring.begin_again();
+      if (last) {
+        CHECK(core.idle());
+        break;
       }
     }
     if (random() % 2000 == 0) files[random() % files.size()]->truncate(random() % 12000);
