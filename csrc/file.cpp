@@ -103,6 +103,11 @@ bool File::make_buffered() {
   return true;
 }
 
+void File::was_read(uint64_t offset, uint64_t count) const {
+  if (!drops_cache()) return;
+  posix_fadvise(fd(), static_cast<off_t>(offset), static_cast<off_t>(count), POSIX_FADV_DONTNEED);
+}
+
 uint64_t File::size() const {
   const off_t end = lseek(fd(), 0, SEEK_END);  // unlike fstat(), right for block devices too
   return end < 0 ? UINT64_MAX : static_cast<uint64_t>(end);

@@ -64,6 +64,8 @@ class File : public Source, public std::enable_shared_from_this<File> {
   // The page cache is of use to others where the caller asked for buffered reads; after a fallback it only
   // pushes out what is.
   bool drops_cache() const { return !direct() && mode_ != Direct::kOff; }
+  // These bytes were read and will not be again: drops them from the page cache where it is of no use.
+  void was_read(uint64_t offset, uint64_t count) const;
 
  private:
   File(std::string path, Direct mode, std::shared_ptr<FallbackLog> log)

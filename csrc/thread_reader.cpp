@@ -1,6 +1,5 @@
 // The preadv engine: as many threads as reads in flight, the same contract as io_uring.
 #include <errno.h>
-#include <fcntl.h>
 #include <sys/uio.h>
 
 #include <chrono>
@@ -32,9 +31,7 @@ int32_t read_now(const Read& read) {
   iovec vector = {read.address, read.length};
   const ssize_t count = preadv(file->fd(), &vector, 1, static_cast<off_t>(read.offset));
   if (count < 0) return -errno;
-  if (file->drops_cache()) {
-    posix_fadvise(file->fd(), static_cast<off_t>(read.offset), static_cast<off_t>(count), POSIX_FADV_DONTNEED);
-  }
+  file->was_read(read.offset, static_cast<uint64_t>(count));
   return static_cast<int32_t>(count);
 }
 

@@ -222,7 +222,10 @@ class UringRing : public WakeableRing {
         woken_ = true;
       } else if (token != kCancelToken) {
         completions[count++] = {token, cqe->res};
-        flying_.erase(token);
+        const auto read = flying_.find(token);
+        if (read == flying_.end()) continue;
+        if (cqe->res > 0) read->second.file->was_read(read->second.offset, static_cast<uint64_t>(cqe->res));
+        flying_.erase(read);
       }
     }
     io_uring_cq_advance(&ring_, seen);

@@ -49,14 +49,14 @@ def loop_device(image: Path, size: int, sector: int) -> Iterator[str]:
 
 
 @contextmanager
-def loop_mount(folder: Path, size: int, sector: int) -> Iterator[Path]:
+def loop_mount(folder: Path, size: int, sector: int, options: str = "defaults") -> Iterator[Path]:
     """An ext4 file system on a loop device; needs root."""
     folder.mkdir(parents=True, exist_ok=True)
     mount = folder / "mount"
     mount.mkdir()
     with loop_device(folder / "image", size, sector) as device:
         subprocess.run(["mkfs.ext4", "-q", device], check=True)
-        done = subprocess.run(["mount", device, str(mount)], capture_output=True, text=True)
+        done = subprocess.run(["mount", "-o", options, device, str(mount)], capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"cannot mount: {done.stderr.strip()}")
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import random
 import time
@@ -182,6 +184,42 @@ def test_sizes_and_offsets_on_a_loop_device(engine: str, arena: PinnedArena, tmp
     with loop_mount(tmp_path / "loop", 64 * MIB, sector) as folder:
         reader = read_sizes_and_offsets(engine, folder, arena)
         assert (reader.info().direct, reader.info().reasons) == ("on", ())
+
+
+def cached_share(path: Path) -> float:
+    """The part of a file that lies in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as pages:
+        address = ctypes.addressof(view := ctypes.c_char.from_buffer(pages))
+        resident = (ctypes.c_ubyte * -(-len(pages) // mmap.PAGESIZE))()
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(pages)), resident) == 0
+        del view
+    return sum(byte & 1 for byte in resident) / len(resident)
+
+
+@needs_root
+def test_only_reads_that_were_to_be_buffered_stay_in_the_page_cache(
+    engine: str, arena: PinnedArena, tmp_path: Path
+) -> None:
+    size = 16 * MIB
+    with loop_mount(tmp_path / "loop", 64 * MIB, 512, "data=journal") as folder:  # where ext4 has no direct reads
+        path = folder / "file"
+        content = make_file(path, size)
+        os.sync()
+        for direct, least, most in (("auto", 0.0, 0.3), ("off", 0.9, 1.0)):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert cached_share(path) < 0.1
+            with (
+                Reader(engine=engine, direct=direct, block_bytes=MIB, depth=2, arena=arena) as reader,  # type: ignore[arg-type]
+                arena.lease(size) as slot,
+            ):
+                reader.submit([Extent(str(path), 0, size)], slot).wait(30)
+                assert bytes(slot) == content
+                info = reader.info()
+                assert (info.engine, info.direct) == (engine, "off")
+                assert any("no direct reads" in reason for reason in info.reasons) == (direct == "auto")
+            assert least <= cached_share(path) <= most, direct
 
 
 @needs_root
