@@ -79,7 +79,7 @@ class UringRing : public WakeableRing {
       fail_unavailable(explain(kSetUpFailed, error), error);
     io_uring_ring_dontfork(&ring_);
     try {
-      if (setup.arena) features.registered_buffers = register_arena(setup, features.detail);
+      if (setup.arena) features.registered_buffers = register_arena(setup);
       features.registered_files = has_files_ = io_uring_register_files_sparse(&ring_, kFileSlots) == 0;
       files_.resize(kFileSlots);
     } catch (...) {
@@ -233,10 +233,14 @@ class UringRing : public WakeableRing {
     return count;
   }
 
-  bool register_arena(const RingSetup& setup, std::string& detail) {
+  bool register_arena(const RingSetup& setup) {
     const Arena& arena = *setup.arena;
     if (arena.info().huge_page_share < kLeastHugePageShare) {
-      detail += ", buffers not registered since they are in small pages, where that costs more than it saves";
+      const std::string reason =
+          "the arena is in small pages, which cost more to register than it saves (faulting it in where memory is "
+          "free, "
+          "and `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`, give it huge ones): unregistered reads";
+      if (!setup.log->allow(reason, "")) fail_unavailable(reason);
       return false;
     }
     std::vector<iovec> pieces;

@@ -419,11 +419,21 @@ def test_buffers_are_registered_where_that_helps(reader: Reader, arena: PinnedAr
     assert reader.info().registered_buffers == (uring and arena.info().huge_page_share >= 0.5)
     with PinnedArena(2 * MIB, cuda=False, prefault=False) as small:
         assert not small.info().prefaulted
-        with Reader(engine=reader.info().engine, arena=small) as other:  # type: ignore[arg-type]
+        engine = reader.info().engine
+        with Reader(engine=engine, arena=small) as other:  # type: ignore[arg-type]
             assert read(other, small, [extent]) == [content]
-            (device,) = other.info().devices
-            assert not device.registered_buffers and ("small pages" in device.detail) == uring
-            assert other.info().reasons == ()
+            info = other.info()
+            assert not info.registered_buffers
+            assert [("small pages" in reason, "transparent_hugepage" in reason) for reason in info.reasons] == (
+                [(True, True)] if uring else []
+            )
+        with Reader(engine=engine, strict=True, arena=small) as strict, small.lease(MIB) as slot:  # type: ignore[arg-type]
+            request = strict.submit([extent], slot)
+            if uring:
+                with pytest.raises(EngineUnavailableError, match="small pages"):
+                    request.wait(30)
+            else:
+                request.wait(30)  # nothing is registered for the pool
 
 
 @pytest.mark.gpu
