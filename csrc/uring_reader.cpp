@@ -237,9 +237,8 @@ class UringRing : public WakeableRing {
     const Arena& arena = *setup.arena;
     if (arena.info().huge_page_share < kLeastHugePageShare) {
       const std::string reason =
-          "the arena is in small pages, which cost more to register than it saves (faulting it in where memory is "
-          "free, "
-          "and `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`, give it huge ones): unregistered reads";
+          "the arena is in small pages, which cost more to register than it saves (it gets huge ones where memory is "
+          "free, after `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`): unregistered reads";
       if (!setup.log->allow(reason, "")) fail_unavailable(reason);
       return false;
     }

@@ -38,6 +38,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Checks:
+    """Checksums made per pass: bytes, and the CPU time they took, over all cores."""
+
+    nbytes: float
+    cpu_s: float
+
+    @property
+    def gb_per_s_of_core(self) -> float:
+        return self.nbytes / 1e9 / self.cpu_s if self.cpu_s else 0.0
+
+
+@dataclass(frozen=True)
 class Report:
     """Passes of one phase: how many, how long each took, what each link did in one, and the bound.
 
@@ -45,7 +57,7 @@ class Report:
     neither, its busy time in this run. The bound is the greatest of them, because links work at
     the same time; ``share`` is bound / measured. ``busy`` maps a link to its seconds at work in this run;
     ``waits`` a link to the seconds of a pass that compute waited for it; ``predicted`` is what the plan's
-    simulation said, if it was asked.
+    simulation said, if it was asked; ``checks`` is None where nothing was checked.
     """
 
     phase: Phase
@@ -58,6 +70,7 @@ class Report:
     busy: Mapping[str, float]
     waits: Mapping[str, float]
     predicted: Prediction | None
+    checks: Checks | None
 
     @property
     def bound_link(self) -> str:
@@ -87,6 +100,9 @@ class Report:
             "busy_s": dict(self.busy),
             "waits_s": dict(self.waits),
             "predicted": None if self.predicted is None else asdict(self.predicted),
+            "checks": None
+            if self.checks is None
+            else asdict(self.checks) | {"gb_per_s_of_core": self.checks.gb_per_s_of_core},
         }
 
 
@@ -119,7 +135,15 @@ def make_report(
         busy=busy,
         waits=waits(passes, spans),
         predicted=predicted,
+        checks=_checks(trace, passes),
     )
+
+
+def _checks(trace: Trace, passes: Sequence[PassSpan]) -> Checks | None:
+    made = trace.checks_of(passes)
+    if not made:
+        return None
+    return Checks(sum(check.nbytes for check in made) / len(passes), sum(check.cpu_s for check in made) / len(passes))
 
 
 def _seconds_per_pass(passes: Sequence[PassSpan]) -> float:
@@ -251,6 +275,9 @@ def _pass_lines(report: Report) -> str:
     causes = ", ".join(f"{link} {seconds * 1e3:.1f} ms" for link, seconds in _largest_first(report.waits))
     part = f"{waited_s * 1e3:.1f} ms a pass, {waited_s / report.seconds_per_pass:.0%} of it"
     lines.append(f"  waited    compute stood still {part}{', for ' + causes if causes else ''}")
+    if report.checks is not None:
+        cost = f"{report.checks.cpu_s * 1e3:.1f} ms of CPU a pass, {report.checks.gb_per_s_of_core:.1f} GB/s a core"
+        lines.append(f"  checksums {cost}")
     return "\n".join(lines) + "\n"
 
 

@@ -44,12 +44,16 @@ HASHERS = 4
 
 @dataclass
 class _Read:
-    """A sublayer on its way from SSD into staging; ``digest`` is its checksum, once made, or why there is none."""
+    """A sublayer on its way from SSD into staging.
+
+    ``digest`` is its checksum, once made, or why there is none; ``digest_cpu_s`` the CPU time that it took.
+    """
 
     sublayer: Sublayer
     slot: Slot
     request: Request
     digest: str | BaseException | None = None
+    digest_cpu_s: float = 0.0
 
 
 @dataclass
@@ -357,6 +361,7 @@ class Stream:
         self._trace.add("ssd", read.sublayer, self._moving_pass, request.started_s, request.finished_s, nbytes)
         if self._is_checked(read.sublayer):
             image.check(self._digest_of(read))
+            self._trace.add_check(self._moving_pass, nbytes, read.digest_cpu_s)
         if read.sublayer not in self._checked:
             image.check_scales(torch.frombuffer(read.slot, dtype=torch.uint8), request.placements)
             self._checked.add(read.sublayer)
@@ -407,12 +412,13 @@ class Stream:
 
     def _hash(self) -> None:
         while (read := self._unhashed.get()) is not None:
+            started_s = time.thread_time()
             try:
                 digest: str | BaseException = self._make_digest(read)
             except BaseException as error:
                 digest = error
             with self._lock:
-                read.digest = digest
+                read.digest, read.digest_cpu_s = digest, time.thread_time() - started_s
                 self._change.notify_all()
 
     def _make_digest(self, read: _Read) -> str:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,15 @@ class PassSpan:
     end_s: float
 
 
+@dataclass(frozen=True)
+class Check:
+    """The checksum of ``nbytes`` that were read for pass ``number``, and the CPU time it took."""
+
+    number: int
+    nbytes: int
+    cpu_s: float
+
+
 class Trace:
     """Collects the spans of every pass, from any thread; the last :data:`SPANS_MAX` are kept.
 
@@ -54,6 +63,7 @@ class Trace:
     def __init__(self) -> None:
         self.spans: deque[Span] = deque(maxlen=SPANS_MAX)
         self.passes: deque[PassSpan] = deque(maxlen=SPANS_MAX)
+        self.checks: deque[Check] = deque(maxlen=SPANS_MAX)
         self.number = 0
         self._lost = 0  # the last pass of which a span is no longer kept
         self._lane_end_s: dict[Lane, float] = dict.fromkeys(LANES, 0.0)
@@ -66,6 +76,10 @@ class Trace:
             if len(self.spans) == self.spans.maxlen:
                 self._lost = max(self._lost, self.spans[0].number)
             self.spans.append(Span(lane, sublayer, number, start_s, end_s, nbytes))
+
+    def add_check(self, number: int, nbytes: int, cpu_s: float) -> None:
+        with self._lock:
+            self.checks.append(Check(number, nbytes, cpu_s))
 
     @contextmanager
     def one_pass(self, phase: Phase, tokens: int) -> Iterator[None]:
@@ -84,6 +98,12 @@ class Trace:
         passes = [run for run in passes if run.phase == phase and run.number > lost]
         numbers = {run.number for run in passes}
         return passes, [span for span in spans if span.number in numbers]
+
+    def checks_of(self, passes: Iterable[PassSpan]) -> list[Check]:
+        """The checksums made of what was read for these passes."""
+        numbers = {run.number for run in passes}
+        with self._lock:
+            return [check for check in self.checks if check.number in numbers]
 
     def write_chrome(self, path: str | Path) -> None:
         """Writes the kept spans as Chrome trace JSON: open it in Perfetto or chrome://tracing."""

@@ -125,6 +125,22 @@ def test_predicted_measured_bound_and_share_stand_side_by_side() -> None:
     assert "bound     700.0 ms, by SSD → host → device, measured alone: 70% of it reached" in text
 
 
+def test_the_cpu_time_of_checksums_is_told_apart_where_there_are_any() -> None:
+    trace = Trace()
+    for number in (1, 2, 3):  # the third is fetched ahead, for a pass that does not come
+        trace.add("ssd", MHA, number, number - 1.0, number - 0.5, 3_000_000_000)
+        trace.add_check(number, 3_000_000_000, 0.375)
+    report = report_of(trace, (0.0, 1.0), (1.0, 2.0))
+    assert report.checks is not None and (report.checks.nbytes, report.checks.cpu_s) == (3e9, 0.375)
+    assert "checksums 375.0 ms of CPU a pass, 8.0 GB/s a core\n" in shown(report)
+    assert report.to_dict()["checks"] == {"nbytes": 3e9, "cpu_s": 0.375, "gb_per_s_of_core": 8.0}
+
+    trace = Trace()
+    trace.add("ssd", MHA, 1, 0.0, 0.5, 10)
+    unchecked = report_of(trace, (0.0, 1.0))
+    assert unchecked.checks is None and unchecked.to_dict()["checks"] is None and "checksums" not in shown(unchecked)
+
+
 def test_json_has_every_figure() -> None:
     trace = Trace()
     trace.add("ssd", MHA, 1, 0.0, 0.5, 10)

@@ -33,6 +33,7 @@ from mhaffn.errors import (
 )
 from mhaffn.formats import Formats
 from mhaffn.plan import TIERS, Plan, Tier, Workload, make_plan
+from mhaffn.report import make_report
 from mhaffn.ring import ByteRing
 from mhaffn.store import Store, pack
 from tests.conftest import Model
@@ -294,6 +295,21 @@ def test_the_trace_counts_every_byte_once_a_pass(tiny_model: Model) -> None:
         assert len(computes) == 5 and len(reads) >= 5
         assert all(read.nbytes == records.nbytes for read in reads)
     assert [s.sublayer for s in spans if s.lane in ("mha", "ffn")] == list(order(3)) * 5
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_report_tells_what_verifying_cost(verify: bool, tiny_model: Model, tmp_path: Path) -> None:
+    store = pack(tiny_model(), tmp_path / "packed")
+    streamed = dict.fromkeys(order(store.config.num_layers), "ssd")
+    with mhaffn.load(store.path, device="cpu", tiers=streamed, verify=verify) as model:
+        greedy(model)
+        report = make_report(model.runner.trace, "decode")
+    assert report is not None
+    read = sum(row.nbytes for row in report.rows if row.lane == "ssd")
+    assert (report.checks is not None) == verify
+    if report.checks is not None:
+        assert report.checks.nbytes == read > 0
+        assert 0 < report.checks.cpu_s < report.seconds_per_pass * os.cpu_count()  # type: ignore[operator]
 
 
 def test_a_pass_that_ends_early_starts_again_at_the_first_sublayer(tiny_model: Model) -> None:
