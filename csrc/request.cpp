@@ -133,34 +133,32 @@ uint64_t Request::wait_until(uint64_t nbytes, std::optional<double> timeout_s, c
   return ready_;
 }
 
-void Request::time_out(double waited_s) const {
+Failure Request::failure(ErrorKind kind, const char* op, int error, const std::string& message) const {
   Failure failure;
-  failure.kind = ErrorKind::kTimeout;
-  failure.op = "wait";
+  failure.kind = kind;
+  failure.op = op;
+  failure.error = error;
   if (!layout_.covers.empty()) {
     failure.path = layout_.covers.front().path;
     failure.offset = layout_.covers.front().offset;
   }
   failure.length = layout_.extent_bytes;
-  failure.message = failure.path + ": not read within " + std::to_string(waited_s) + " s: " + std::to_string(ready_) +
-                    " of " + std::to_string(layout_.cover_bytes) +
-                    " bytes are there; the read goes on: wait again, or cancel it";
-  throw Error(std::move(failure));
+  failure.message = failure.path + ": " + message;
+  return failure;
+}
+
+void Request::time_out(double waited_s) const {
+  throw Error(failure(ErrorKind::kTimeout, "wait", 0,
+                      "not read within " + std::to_string(waited_s) + " s: " + std::to_string(ready_) + " of " +
+                          std::to_string(layout_.cover_bytes) +
+                          " bytes are there; the read goes on: wait again, or cancel it"));
 }
 
 void Request::cancel() {
   owner_.require("this Request");
   if (done()) return;
-  Failure failure;
-  failure.kind = ErrorKind::kCancelled;
-  failure.op = "cancel";
-  if (!layout_.covers.empty()) {
-    failure.path = layout_.covers.front().path;
-    failure.offset = layout_.covers.front().offset;
-  }
-  failure.length = layout_.extent_bytes;
-  failure.message = failure.path + ": the read was cancelled, or its reader closed, before it completed";
-  fail(std::move(failure));
+  fail(
+      failure(ErrorKind::kCancelled, "cancel", 0, "the read was cancelled, or its reader closed, before it completed"));
   router_->poke_all();
 }
 

@@ -61,6 +61,8 @@ class Request {
   void started(double now);
   void progressed(size_t run, uint32_t done, double now);
   void fail(Failure failure);
+  // What became of the request as a whole; the message begins with its first file.
+  Failure failure(ErrorKind kind, const char* op, int error, const std::string& message) const;
   void part_drained(double now);
   // It is over, but something may still write to its memory: the lease is never given back.
   void abandon();

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "clock.h"
@@ -122,10 +123,9 @@ void Router::route_all() {
       request->fail(error.failure());
       request->expect_parts(0);
     } catch (const std::exception& error) {
-      Failure failure;
-      failure.op = "submit";
-      failure.message = std::string("the read could not be started: ") + error.what();
-      request->fail(std::move(failure));
+      const auto* system = dynamic_cast<const std::system_error*>(&error);
+      request->fail(request->failure(ErrorKind::kRead, "submit", system ? system->code().value() : 0,
+                                     std::string("the read could not be started: ") + error.what()));
       request->expect_parts(0);
     }
     request.reset();

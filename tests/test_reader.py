@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -97,6 +99,49 @@ def test_cancel_ends_a_request(reader: Reader, arena: PinnedArena, tmp_path: Pat
         request.cancel()
         with pytest.raises(ReadCancelledError):
             request.wait(30)
+
+
+def test_as_many_reads_at_once_as_can_be_asked_for(reader: Reader, arena: PinnedArena, tmp_path: Path) -> None:
+    content = make_file(tmp_path / "file", 8 * MIB)
+    extent = Extent(str(tmp_path / "file"), 0, 8 * MIB)
+    engine = reader.info().engine
+    with Reader(engine=engine, block_bytes=4096, depth=256, arena=arena) as deep, arena.lease(8 * MIB) as slot:  # type: ignore[arg-type]
+        for turn in range(6):
+            request = deep.submit([extent], slot)
+            if turn % 2:  # reads and their cancellations: no completion of either may be dropped
+                request.wait_ready(1 + turn * MIB, 30)
+                request.cancel()
+                with suppress(ReadCancelledError):
+                    request.wait(30)
+            else:
+                request.wait(30)
+                assert bytes(slot) == content
+
+
+def test_a_reader_closed_while_others_use_it(reader: Reader, arena: PinnedArena, tmp_path: Path) -> None:
+    content = make_file(tmp_path / "file", MIB)
+    outcomes: list[object] = []
+
+    def work() -> None:
+        try:
+            while True:
+                with arena.lease(MIB) as slot:
+                    reader.submit([Extent(str(tmp_path / "file"), 0, MIB)], slot).wait(30)
+                    if bytes(slot) != content:
+                        outcomes.append("wrong bytes")
+                reader.info()
+        except BaseException as error:
+            outcomes.append(type(error))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    reader.close()
+    for thread in threads:
+        thread.join(30)
+    assert outcomes == [ReadCancelledError] * 8
+    assert arena.info().leased_bytes == 0
 
 
 def test_a_cancelled_request_does_not_hold_up_the_next(reader: Reader, arena: PinnedArena, tmp_path: Path) -> None:
@@ -285,6 +330,9 @@ def test_info_says_what_is_used(reader: Reader, arena: PinnedArena, tmp_path: Pa
     assert (info.bytes_read, info.block_bytes, info.depth, info.leaked_bytes) == (MIB, 64 << 10, 4, 0)
     (device,) = info.devices
     assert device.bytes_read == MIB and device.engine == info.engine
+    kernel = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    if device.engine == "io_uring" and kernel >= (6, 1):
+        assert "deferred task work" in device.detail and device.registered_files
     status = (tmp_path / "file").stat()
     assert device.device == f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
     assert 0 < info.busy_s < 30

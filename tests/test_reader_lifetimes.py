@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from mhaffn import _native
 from tests.reader_files import ENGINES, MIB, ROOT, build_package, make_file, run_python
+from tests.test_reader_faults import BLOCK_URING_LATER
 
 
 @pytest.fixture(params=ENGINES)
@@ -21,7 +23,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 FORK = """
-import gc, multiprocessing, os, sys, time
+import gc, multiprocessing, os, subprocess, sys, time
 from mhaffn.errors import MhaffnError
 from mhaffn.reader import Extent, PinnedArena, Reader
 
@@ -45,14 +47,19 @@ def child(request):
              reader.close, lambda: memoryview(slot), lambda: arena.lease(1), arena.info,
              lambda: request.ready_bytes, lambda: request.done, lambda: request.started_s, lambda: request.finished_s]
     assert all(refused(call) for call in calls), [refused(call) for call in calls]
+    ranges = [line.split()[0].split("-") for line in open("/proc/self/maps")]
+    assert not any(int(start, 16) <= address < int(end, 16) for start, end in ranges), "mapped in a fork"
     with PinnedArena(2 << 20, cuda=False) as own, Reader(engine=engine) as fresh, own.lease(4096) as mine:
         fresh.submit([Extent(path, 0, 4096)], mine).wait(30)
         assert bytes(mine) == content[:4096]
 
-for turn in range(4):
+address = slot.address
+for turn in range(6):
     request = reader.submit([Extent(path, 0, len(content))], slot)
     request.wait_ready(1 << 20, 30)
-    if turn % 2:
+    if turn % 3 == 2:
+        code = subprocess.run([sys.executable, "-c", "print(1)"], stdout=subprocess.DEVNULL).returncode
+    elif turn % 3 == 1:
         process = multiprocessing.get_context("fork").Process(target=child, args=(request,))
         process.start()
         process.join(30)
@@ -285,3 +292,5 @@ def test_the_same_under_address_sanitizer(tmp_path: Path) -> None:
     for engine in ("threads",) if _native.liburing == "none" else ("io_uring", "threads"):
         for ending in ENDINGS:
             end_in_flight(tmp_path / "file", engine, ending, environment)
+    if _native.liburing != "none" and os.uname().machine == "x86_64":
+        run_python(BLOCK_URING_LATER, str(tmp_path / "file"), str(errno.EPERM), "busy", env=environment)

@@ -5,9 +5,13 @@
 #include "reader.h"
 
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
+#include <stddef.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -303,6 +307,62 @@ void test_what_cannot_be_drained_is_leaked() {
   std::this_thread::sleep_for(std::chrono::milliseconds(200));  // the stuck threads end
 }
 
+#ifdef MHAFFN_HAS_LIBURING
+// Refuses io_uring_enter to all threads of this process, for good.
+bool block_io_uring() {
+  sock_filter program[] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+                           BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_io_uring_enter, 0, 1),
+                           BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+                           BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+  const sock_fprog filter = {4, program};
+  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+         syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &filter) == 0;
+}
+
+// While eight threads read: each request has its bytes, or fails with the errno and keeps its memory for ever. The
+// last test, since nothing takes the filter away.
+void test_an_io_uring_that_is_blocked_later() {
+  constexpr size_t kLength = 1 << 20;
+  auto arena = make_arena(kSubmitters * (24 << 20));
+  ReaderOptions options = options_of(EngineKind::kAuto);
+  Reader reader(options, arena);
+  std::atomic<bool> blocked{false};
+  std::atomic<size_t> lost{0}, after{0};
+  auto work = [&](uint64_t seed) {
+    std::mt19937_64 random(seed);
+    for (size_t left = 20; left > 0;) {
+      left -= blocked;
+      const std::vector<Extent> extents = {{path, random() % (kFileBytes - kLength), kLength}};
+      const auto lease = arena->lease(lay_out(extents).cover_bytes, std::nullopt);
+      const auto request = reader.submit(extents, lease, 0);
+      try {
+        request->wait(30.0, nothing);
+        check_bytes(*request, *lease, extents);
+        after += blocked;
+      } catch (const Error& error) {
+        CHECK(error.failure().kind == ErrorKind::kRead && error.failure().error == EPERM);
+        ++lost;
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < kSubmitters; ++i) threads.emplace_back(work, i);
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  const bool works = block_io_uring();
+  blocked = true;
+  for (std::thread& thread : threads) thread.join();
+  if (!works) {
+    std::printf("  skipped: no seccomp filters here\n");
+    return;
+  }
+  const ReaderInfo info = reader.info();
+  CHECK(info.engine == "threads" && info.reasons.size() == 1 && after > 0);
+  CHECK(lost <= static_cast<size_t>(options.depth) && (info.leaked_bytes > 0) == (lost > 0));
+  CHECK(arena->info().leaked_bytes == info.leaked_bytes && arena->info().leased_bytes == info.leaked_bytes);
+  CHECK(reader.close() == info.leaked_bytes);
+}
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -332,6 +392,9 @@ int main(int argc, char** argv) {
   test_prefault_is_bounded_in_time();
   test_a_refused_direct_read_goes_on_buffered();
   test_what_cannot_be_drained_is_leaked();
+#ifdef MHAFFN_HAS_LIBURING
+  if (engines.size() > 1) test_an_io_uring_that_is_blocked_later();
+#endif
   unlink(path.c_str());
   std::printf("reader_test: ok\n");
 }
