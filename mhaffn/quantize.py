@@ -5,6 +5,11 @@ the one that spans the group, fits each by least squares to the levels it gave, 
 or the mean square of what the matrix multiplies (:mod:`mhaffn.calibrate`): then this is the error of its output, for
 inputs that do not correlate.
 
+They do, and where levels are few the best scale by this measure cuts off the largest weights: errors all of one sign,
+which add up in the output where those of rounding cancel. So in ``int4`` without zero points column j also counts
+``sqrt(mean(w²) + w[j]²)``. The formula is llama.cpp's (``ggml-quants.c``, there with the mean of a row, here of the
+group).
+
 Rows are worked on a few at a time, so beside matrix and result this needs :data:`WORKING_BYTES` of memory at most.
 """
 
@@ -70,6 +75,13 @@ def _weights(importance: Tensor, columns: int, group: int) -> Tensor:
     return torch.where(mean > 0, groups / mean.clamp_min(1e-30), 1.0) * 0.99 + 0.01
 
 
+def _sized(w: Tensor, h: Tensor | None) -> Tensor:
+    """``h`` times ``sqrt(mean(w²) + w²)``, ``[n, G, group]``, in units of each group's widest value."""
+    squares = _divided(w, w.abs().amax(-1, keepdim=True)).square_()
+    sizes = (squares + squares.mean(-1, keepdim=True)).sqrt_()
+    return sizes if h is None else sizes.mul_(h)
+
+
 def _packed(values: Tensor, format: Format) -> Tensor:
     """Levels ``[n, G, group]`` as the format stores them, ``[n, columns]``."""
     flat = values.flatten(1)
@@ -92,6 +104,8 @@ def _piece(w: Tensor, format: Format, h: Tensor | None, nearest: bool) -> tuple[
     if nearest:
         scales = (widest / most).to(stored)
         return scales, None, levels(_divided(w, scales))
+    if format.name == "int4":
+        h = _sized(w, h)
     best = _Best(w, h)
     if format.name == "int4":  # there is one level more below zero than above: the widest value may have it
         signed = torch.where(w.amax(-1, keepdim=True) == widest, widest, -widest)
@@ -184,9 +198,15 @@ def _fp8(x: Tensor) -> Tensor:
 
 _NEGLIGIBLE = 2.0**-10
 _INT4_RATIOS = tuple(1 + 0.04 * step for step in range(-3, 10))
+_INT8_RATIOS = (
+    *(1.06, 1.03),
+    *(1.004 - 0.005 * step for step in range(12)),
+    *(0.94 - 0.01 * step for step in range(11)),
+)
+"""A scale a little wider than need be costs little, and each step lets others of the weights fall near its levels."""
 _ZERO_RATIOS = tuple(1 + 0.05 * step for step in range(-2, 9))
 _LEVELS: dict[str, tuple[Levels, float, tuple[float, ...]]] = {
     "int4": (lambda x: x.round().clamp(-8, 7), 7.0, _INT4_RATIOS),
-    "int8": (lambda x: x.round().clamp(-127, 127), 127.0, (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4)),
+    "int8": (lambda x: x.round().clamp(-127, 127), 127.0, _INT8_RATIOS),
     "fp8": (_fp8, FP8_MAX, (1.0, 0.84, 0.71, 0.59, 0.53)),
 }

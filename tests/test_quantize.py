@@ -51,15 +51,46 @@ def test_values_are_those_of_the_formula(text: str, nearest: bool) -> None:
     assert (got - matrix).abs().max() <= reach * step
 
 
+def counts(matrix: torch.Tensor, format: Format, group: int) -> torch.Tensor:
+    """How much the square of each error counts, by the docstring of mhaffn.quantize."""
+    if format.name != "int4" or format.zeros:
+        return torch.ones(matrix.shape)
+    squares = matrix.double().square().view(len(matrix), -1, group)
+    return (squares + squares.mean(-1, keepdim=True)).sqrt().view(matrix.shape)
+
+
 @pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("text", FORMATS)
 def test_the_search_is_never_worse_than_nearest(text: str, outliers: bool) -> None:
     matrix = matrix_of(64, 512, outliers=outliers)
     format = Format.parse(text)
-    nearest, searched = error(matrix, quantize(matrix, format, nearest=True)), error(matrix, quantize(matrix, format))
-    assert searched <= nearest * 1.0001
-    if text.startswith("int4"):
-        assert searched < 0.92 * nearest
+    made = {nearest: quantize(matrix, format, nearest=nearest) for nearest in (True, False)}
+    for counted in (None, counts(matrix, format, made[True].group)):
+        nearest, searched = (error(matrix, made[way], counted) for way in (True, False))
+        assert searched <= nearest * 1.0001
+        if text.startswith("int4"):
+            assert searched < 0.92 * nearest
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high", "signs"),
+    [("int4:64", -8, 7, (1, -1)), ("int8:64", -127, 127, (1,)), ("int8:32", -127, 127, (1,))],
+)
+def test_hardly_a_scale_is_better_than_the_one_found(text: str, low: int, high: int, signs: tuple[int, ...]) -> None:
+    """Against 1200 scales for each group; int8 has many nearly as good as each other, of which it tries a few."""
+    matrix, format = matrix_of(16, 256), Format.parse(text)
+    importance = torch.rand(256, generator=torch.Generator().manual_seed(1)) + 0.5
+    weight = quantize(matrix, format, importance=importance)
+    groups = matrix.view(16, -1, weight.group)
+    counted = (counts(matrix, format, weight.group) * importance).view(groups.shape)
+    widest = groups.abs().amax(-1, keepdim=True) / high
+    least = torch.full(groups.shape[:-1], torch.inf, dtype=counted.dtype)
+    for ratio in torch.linspace(0.7, 1.3, 1200):
+        for sign in signs:
+            scales = (widest * ratio * sign).half().float()
+            back = (groups / scales).round().clamp(low, high) * scales
+            least = torch.minimum(least, ((back - groups).square() * counted).sum(-1))
+    assert error(matrix, weight, counted.view(matrix.shape)) <= (1.005 if high == 7 else 1.06) * float(least.sum())
 
 
 @pytest.mark.parametrize("text", ["int4:64", "int4:64:zeros", "int8"])
