@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mhaffn.calibrate import importance_of
-from mhaffn.config import KINDS, order
+from mhaffn.config import KINDS, Kind, order
 from mhaffn.demo import PACKAGE, fetch_gguf
 from mhaffn.evaluate import evaluate
 from mhaffn.formats import ALL_PLAIN, Format, Formats
@@ -54,6 +54,9 @@ TOLD = {
     "FFN `int4:64`, MHA `int8`": Formats.parse("int8", "int4:64"),
     **{f"`{name}`": Formats.parse(name, name) for name in ("int8", "int8:64", "int8:32", "int4:64", "int4:32")},
 }
+BLUR = 0.03
+"""Noise on a weight either way, of the widest of its 32: about a fourth of a 4-bit step, four 8-bit steps."""
+BLURRED_FORMATS = ("int8", "int8:64", "int8:32", "int4:64", "int4:32")
 MATRIX_FORMATS = ("int8", "int8:128", "fp8", "int4:128", "int4:64", "int4:32", "int4:128:zeros", "int4:64:zeros")
 
 
@@ -76,7 +79,9 @@ def measure() -> None:
         folder = Path(scratch)
         reference, text = opened(folder)
         told = told_rows(reference, text, folder)
-        rows = list(model_rows(reference, text, folder / "variant"))
+        rows = list(model_rows(reference, text, folder / "variant", FORMATS))
+        blurred = blurred_model(reference, folder / "blurred")
+        blurred_rows = list(model_rows(blurred, text, folder / "blurred variant", BLURRED_FORMATS))
         plain = evaluate(reference.path, text, context=CONTEXT, options=OPTIONS)
     values = {
         "machine": describe(),
@@ -86,6 +91,7 @@ def measure() -> None:
         "tokens": plain.tokens,
         "perplexity": plain.perplexity,
         "rows": rows,
+        "blurred": blurred_rows,
         "told": told,
         "matrices": list(matrix_rows()),
         "seconds": time.perf_counter() - started_s,
@@ -136,20 +142,44 @@ def fetch_text(scratch: Path) -> str:
     return whole[whole.index(TEXT_BEGIN) :]
 
 
-def model_rows(reference: Store, text: Path, variant: Path) -> Iterator[dict[str, Any]]:
-    """Each format, way and part: bits a weight, perplexity and divergence."""
-    weights = {n: t for path in reference.path.glob("*.safetensors") for n, t in load_file(path).items()}
-    names = {
+def weights_of(store: Store) -> dict[str, torch.Tensor]:
+    return {n: t for path in store.path.glob("*.safetensors") for n, t in load_file(path).items()}
+
+
+def matrices_of(store: Store) -> dict[str, Kind]:
+    """Names of the matrices of all sublayers, and the kind of each."""
+    return {
         tensor_name(sublayer, weight): sublayer.kind
-        for sublayer in order(reference.config.num_layers)
-        for weight, shape in reference.config.sublayer_shapes(sublayer.kind).items()
+        for sublayer in order(store.config.num_layers)
+        for weight, shape in store.config.sublayer_shapes(sublayer.kind).items()
         if len(shape) == 2
     }
-    variant.mkdir()
-    for path in reference.path.iterdir():
+
+
+def copy_without_weights(store: Store, folder: Path) -> None:
+    folder.mkdir()
+    for path in store.path.iterdir():
         if path.name == "config.json" or "token" in path.name:
-            (variant / path.name).write_bytes(path.read_bytes())
-    for name in FORMATS:
+            (folder / path.name).write_bytes(path.read_bytes())
+
+
+def blurred_model(reference: Store, folder: Path) -> Store:
+    """The model with noise on its weights, so that they lie on no levels; always the same."""
+    weights, generator = weights_of(reference), torch.Generator().manual_seed(0)
+    copy_without_weights(reference, folder)
+    for name in matrices_of(reference):
+        groups = weights[name].view(len(weights[name]), -1, 32)
+        noise = torch.rand(groups.shape, generator=generator) * 2 - 1
+        weights[name] = (groups + BLUR * groups.abs().amax(-1, keepdim=True) * noise).view(weights[name].shape)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return Store.open(folder)
+
+
+def model_rows(reference: Store, text: Path, variant: Path, formats: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Each format, way and part: bits a weight, perplexity and divergence."""
+    weights, names = weights_of(reference), matrices_of(reference)
+    copy_without_weights(reference, variant)
+    for name in formats:
         for way in WAYS:
             made, nbytes, fallen = {}, dict.fromkeys(KINDS, 0), set()
             for tensor, kind in names.items():
@@ -205,6 +235,7 @@ def rendered() -> str:
     page = DOCUMENT.read_text(encoding="utf-8")
     for mark, table in (
         ("model", model_table(values)),
+        ("blurred", blurred_table(values)),
         ("told", told_table(values)),
         ("matrices", matrix_table(values)),
     ):
@@ -236,6 +267,16 @@ def model_table(values: dict[str, Any]) -> str:
             )
     lines += ["", "¹ `w2` alone: its 1536 columns are a multiple of 128; all others have 576, and groups of 64.", ""]
     return "\n".join(lines)
+
+
+def blurred_table(values: dict[str, Any]) -> str:
+    at = {(row["format"], row["way"], row["part"]): row["kl"] for row in values["blurred"]}
+    lines = ["| format | " + " | ".join(PARTS) + " |", "|---|" + "---|" * len(PARTS)]
+    for name in BLURRED_FORMATS:
+        pairs = [[at[name, way, part] for way in WAYS] for part in PARTS]
+        cells = [f"{nearest:.2e} → {searched:.2e} ({searched / nearest - 1:+.0%})" for nearest, searched in pairs]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def told_table(values: dict[str, Any]) -> str:

@@ -5,10 +5,9 @@ the one that spans the group, fits each by least squares to the levels it gave, 
 or the mean square of what the matrix multiplies (:mod:`mhaffn.calibrate`): then this is the error of its output, for
 inputs that do not correlate.
 
-They do, and where levels are few the best scale by this measure cuts off the largest weights: errors all of one sign,
-which add up in the output where those of rounding cancel. So in ``int4`` without zero points column j also counts
-``sqrt(mean(w²) + w[j]²)``. The formula is llama.cpp's (``ggml-quants.c``, there with the mean of a row, here of the
-group).
+The best scale for symmetric ``int4`` by this measure cuts off the largest weights. There the square of an error also
+counts ``sqrt(mean(w²) + w[j]²)``, so they are cut off less: llama.cpp's formula (``ggml-quants.c``, with the mean of a
+row, here of the group), which is not derived but measured to bring a model's outputs nearer (``docs/quality.md``).
 
 Rows are worked on a few at a time, so beside matrix and result this needs :data:`WORKING_BYTES` of memory at most.
 """
