@@ -5,9 +5,10 @@ the one that spans the group, fits each by least squares to the levels it gave, 
 or the mean square of what the matrix multiplies (:mod:`mhaffn.calibrate`): then this is the error of its output, for
 inputs that do not correlate.
 
-The best scale for symmetric ``int4`` by this measure cuts off the largest weights. There the square of an error also
-counts ``sqrt(mean(w²) + w[j]²)``, so they are cut off less: llama.cpp's formula (``ggml-quants.c``, with the mean of a
-row, here of the group), which is not derived but measured to bring a model's outputs nearer (``docs/quality.md``).
+Without importance, the best scale for symmetric ``int4`` by this measure cuts off the largest weights. There the
+square of an error counts ``sqrt(mean(w²) + w[j]²)``, so they are cut off less: llama.cpp's formula (``ggml-quants.c``,
+with the mean of a row, here of the group), which is not derived but measured to bring a model's outputs nearer
+(``docs/quality.md``). Beside a measured importance it brought nothing.
 
 Rows are worked on a few at a time, so beside matrix and result this needs :data:`WORKING_BYTES` of memory at most.
 """
@@ -74,11 +75,10 @@ def _weights(importance: Tensor, columns: int, group: int) -> Tensor:
     return torch.where(mean > 0, groups / mean.clamp_min(1e-30), 1.0) * 0.99 + 0.01
 
 
-def _sized(w: Tensor, h: Tensor | None) -> Tensor:
-    """``h`` times ``sqrt(mean(w²) + w²)``, ``[n, G, group]``, in units of each group's widest value."""
+def _sizes(w: Tensor) -> Tensor:
+    """``sqrt(mean(w²) + w²)``, ``[n, G, group]``, in units of each group's widest value."""
     squares = _divided(w, w.abs().amax(-1, keepdim=True)).square_()
-    sizes = (squares + squares.mean(-1, keepdim=True)).sqrt_()
-    return sizes if h is None else sizes.mul_(h)
+    return (squares + squares.mean(-1, keepdim=True)).sqrt_()
 
 
 def _packed(values: Tensor, format: Format) -> Tensor:
@@ -103,8 +103,8 @@ def _piece(w: Tensor, format: Format, h: Tensor | None, nearest: bool) -> tuple[
     if nearest:
         scales = (widest / most).to(stored)
         return scales, None, levels(_divided(w, scales))
-    if format.name == "int4":
-        h = _sized(w, h)
+    if format.name == "int4" and h is None:
+        h = _sizes(w)
     best = _Best(w, h)
     if format.name == "int4":  # there is one level more below zero than above: the widest value may have it
         signed = torch.where(w.amax(-1, keepdim=True) == widest, widest, -widest)

@@ -52,7 +52,7 @@ def test_values_are_those_of_the_formula(text: str, nearest: bool) -> None:
 
 
 def counts(matrix: torch.Tensor, format: Format, group: int) -> torch.Tensor:
-    """How much the square of each error counts, by the docstring of mhaffn.quantize."""
+    """How much the square of each error counts where no importance is given, by the docstring of mhaffn.quantize."""
     if format.name != "int4" or format.zeros:
         return torch.ones(matrix.shape)
     squares = matrix.double().square().view(len(matrix), -1, group)
@@ -72,17 +72,21 @@ def test_the_search_is_never_worse_than_nearest(text: str, outliers: bool) -> No
             assert searched < 0.92 * nearest
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize(
     ("text", "low", "high", "signs"),
     [("int4:64", -8, 7, (1, -1)), ("int8:64", -127, 127, (1,)), ("int8:32", -127, 127, (1,))],
 )
-def test_hardly_a_scale_is_better_than_the_one_found(text: str, low: int, high: int, signs: tuple[int, ...]) -> None:
+def test_hardly_a_scale_is_better_than_the_one_found(
+    text: str, low: int, high: int, signs: tuple[int, ...], told: bool
+) -> None:
     """Against 1200 scales for each group; int8 has many nearly as good as each other, of which it tries a few."""
     matrix, format = matrix_of(16, 256), Format.parse(text)
-    importance = torch.rand(256, generator=torch.Generator().manual_seed(1)) + 0.5
+    importance = torch.rand(256, generator=torch.Generator().manual_seed(1)) + 0.5 if told else None
     weight = quantize(matrix, format, importance=importance)
     groups = matrix.view(16, -1, weight.group)
-    counted = (counts(matrix, format, weight.group) * importance).view(groups.shape)
+    counted = counts(matrix, format, weight.group) if importance is None else importance.expand(matrix.shape)
+    counted = counted.view(groups.shape)
     widest = groups.abs().amax(-1, keepdim=True) / high
     least = torch.full(groups.shape[:-1], torch.inf, dtype=counted.dtype)
     for ratio in torch.linspace(0.7, 1.3, 1200):
