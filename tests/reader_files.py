@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,11 @@ ENGINES = [
 ]
 MIB = 1 << 20
 ROOT = Path(__file__).parent.parent
+
+
+def kernel() -> tuple[int, ...]:
+    """Its version, such as (6, 1)."""
+    return tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
 
 
 def make_file(path: Path, size: int) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import re
 import tempfile
 import threading
 import time
@@ -26,7 +25,7 @@ from mhaffn.errors import (
     TruncatedFileError,
 )
 from mhaffn.reader import Extent, PinnedArena, Reader, measure_disk
-from tests.reader_files import ENGINES, MIB, make_file
+from tests.reader_files import ENGINES, MIB, kernel, make_file
 
 
 @pytest.fixture
@@ -330,8 +329,7 @@ def test_info_says_what_is_used(reader: Reader, arena: PinnedArena, tmp_path: Pa
     assert (info.bytes_read, info.block_bytes, info.depth, info.leaked_bytes) == (MIB, 64 << 10, 4, 0)
     (device,) = info.devices
     assert device.bytes_read == MIB and device.engine == info.engine
-    kernel = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
-    if device.engine == "io_uring" and kernel >= (6, 1):
+    if device.engine == "io_uring" and kernel() >= (6, 1):
         assert "deferred task work" in device.detail and device.registered_files
     status = (tmp_path / "file").stat()
     assert device.device == f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
