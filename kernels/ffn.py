@@ -93,17 +93,15 @@ def gate_up_kernel(
 
 
 @triton.jit
-def silu_mul_kernel(p_gate, p_up, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def silu_mul_kernel(p_gate, p_up, n, BLOCK: tl.constexpr):
     """gate = silu(gate) * up, in place."""
-    if OVERLAP:
-        gdc_wait()
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(p_gate + o, mask=o < n, other=0.0).to(tl.float32)
     up = tl.load(p_up + o, mask=o < n, other=0.0).to(tl.float32)
     tl.store(p_gate + o, (gate / (1.0 + tl.exp(-gate)) * up).to(p_gate.dtype.element_ty), mask=o < n)
 
 
-_few_rows, _silu_mul = Jit(few_rows_kernel), Jit(silu_mul_kernel)
+_few_rows = Jit(few_rows_kernel)
 
 
 def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = None) -> Tensor:
@@ -168,11 +166,7 @@ def silu_mul_(gate: Tensor, up: Tensor) -> Tensor:
     if gate.shape != up.shape or not (gate.is_contiguous() and up.is_contiguous()):
         raise ValueError(f"silu_mul_: got {tuple(gate.shape)} and {tuple(up.shape)}, expected one contiguous shape")
     if gate.numel():
-        overlap = tiles.machine(gate.device).overlap
-        _silu_mul(
-            (triton.cdiv(gate.numel(), 4096), 1, 1), (gate, up), (), (gate.numel(),),
-            BLOCK=4096, OVERLAP=overlap, num_warps=8, **({"launch_pdl": True} if overlap else {}),
-        )  # fmt: skip
+        silu_mul_kernel[(triton.cdiv(gate.numel(), 4096),)](gate, up, gate.numel(), BLOCK=4096, num_warps=8)
     return gate
 
 
