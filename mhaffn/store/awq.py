@@ -8,7 +8,7 @@ qzeros     int32 [G, N / 8] zero points, packed alike
 scales     float [G, N]     one for D / G neighbouring columns
 ========== ================ ==================================================================
 
-Dequantised: ``(q - zero) * scale``.
+Dequantised: ``(q - zero) * scale``. ``zero_point = false`` says that every zero point is 8.
 """
 
 from __future__ import annotations
@@ -17,8 +17,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mhaffn.formats import Format
-from mhaffn.quantized import Quantized, dequantize
-from mhaffn.store.layout import Linear, by_group, group_kept, nibbles, pairs, setting
+from mhaffn.quantized import INT4_ZERO, Quantized, dequantize
+from mhaffn.store.layout import (
+    Linear,
+    allowed,
+    by_group,
+    check_groups,
+    group_kept,
+    group_sizes,
+    named,
+    nibbles,
+    pairs,
+    refused,
+    require_middle,
+    setting,
+    variants,
+)
 from mhaffn.store.safetensors import FLOATS
 
 if TYPE_CHECKING:
@@ -33,9 +47,14 @@ class Awq:
     """Checkpoints whose quant_method is "awq"."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        setting(config, "bits" if "bits" in config else "w_bit", 4, 4)
-        version = config.get("version", config.get("format", "gemm"))
-        setting({"version": version.lower() if isinstance(version, str) else version}, "version", None, "gemm")
+        configs = variants(config)
+        for found in configs:
+            allowed("bits", named(found, 4, "bits", "w_bit"), 4)
+            allowed("version", named(found, "gemm", "version", "format", "checkpoint_format"), "gemm")
+            if named(found, None, "backend") == "llm-awq":  # another layout than its version names
+                raise refused("backend", "llm-awq", "'autoawq'")
+        self._group_sizes = group_sizes(configs, "group_size", "q_group_size")
+        self._symmetric = not any(setting(found, "zero_point", True, True, False) for found in configs)
 
     def format(self, linear: Linear) -> Format:
         n, d = linear.shape
@@ -47,15 +66,19 @@ class Awq:
             raise linear.corrupt(f"got scales of shape {list(scales.shape)} for a weight of {[n, d]}")
         linear.expect("scales", FLOATS, (groups, n))
         linear.expect("qzeros", ("I32",), (groups, n // 8))
-        return Format("int4", group_kept(linear, 4, d // groups), True, FLOATS[scales.dtype])
+        check_groups(linear, groups, self._group_sizes)
+        return Format("int4", group_kept(linear, 4, d // groups), not self._symmetric, FLOATS[scales.dtype])
 
     def weight(self, linear: Linear) -> Quantized:
         format = self.format(linear)
         group = format.group or linear.shape[1]
         scales, groups = linear.finite("scales").T, linear.shape[1] // group
-        zeros = _rows(linear.read("qzeros")).T.to(scales.dtype)
+        zeros = _rows(linear.read("qzeros")).T
+        if self._symmetric:
+            require_middle(linear, zeros, INT4_ZERO, "zero_point = false")
         values = pairs(_rows(linear.read("qweight")).T)
-        return Quantized("int4", values, by_group(scales, groups), by_group(zeros, groups), group)
+        kept = None if self._symmetric else by_group(zeros.to(scales.dtype), groups)
+        return Quantized("int4", values, by_group(scales, groups), kept, group)
 
     def floats(self, linear: Linear) -> Tensor:
         return dequantize(self.weight(linear))

@@ -20,10 +20,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mhaffn.errors import UnsupportedModelError
 from mhaffn.formats import Format
 from mhaffn.quantized import INT4_ZERO, Quantized
-from mhaffn.store.layout import Linear, by_group, group_kept, nibbles, setting
+from mhaffn.store.layout import (
+    Linear,
+    allowed,
+    by_group,
+    check_groups,
+    group_kept,
+    group_sizes,
+    named,
+    nibbles,
+    refused,
+    require_middle,
+    setting,
+    variants,
+)
 from mhaffn.store.safetensors import FLOATS
 
 if TYPE_CHECKING:
@@ -37,21 +49,29 @@ class Gptq:
     """Checkpoints whose quant_method is "gptq"."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        keys = [key for key in ("checkpoint_format", "format") if key in config]
-        named = {setting(config, key, "gptq", "gptq", "gptq_v2") for key in keys}
-        if len(named) > 1:
-            raise UnsupportedModelError(
-                "quantization_config: got checkpoint_format and format that differ, expected one"
-            )
-        self._first_version = named != {"gptq_v2"}
-        setting(config, "is_marlin_format", False, False)
-        self._symmetric: bool = setting(config, "sym", True, True, False)
-        self._in_order: bool = not setting(config, "desc_act", False, True, False)
+        configs = variants(config)
+        for found in configs:
+            setting(found, "is_marlin_format", False, False)
+            setting(found, "rotation", None, None)  # needs its inverse at run time
+            setting(found, "adapter", None, None)
+        versions = {
+            allowed("format", named(found, "gptq", "checkpoint_format", "format"), "gptq", "gptq_v2")
+            for found in configs
+        }
+        if len(versions) > 1:
+            raise refused("format", sorted(versions), "one for all layers")
+        self._first_version = versions == {"gptq"}
+        self._bits: set[int] = {setting(found, "bits", None, 4, 8) for found in configs}
+        self._group_sizes = group_sizes(configs, "group_size")
+        symmetric = {setting(found, "sym", True, True, False) for found in configs}
+        self._symmetric, self._some_symmetric = False not in symmetric, True in symmetric
+        self._in_order = not any(setting(found, "desc_act", False, True, False) for found in configs)
 
     def format(self, linear: Linear) -> Format:
         bits, groups = self._sizes(linear)
         group = group_kept(linear, bits, linear.shape[1] // groups)
-        return Format(f"int{bits}", group, not self._symmetric, FLOATS[linear.tensors["scales"].dtype])
+        zeros = bits == 4 and not self._symmetric
+        return Format(f"int{bits}", group, zeros, FLOATS[linear.tensors["scales"].dtype])
 
     def _sizes(self, linear: Linear) -> tuple[int, int]:
         """Bits of a value and number of groups, by the shapes stored."""
@@ -59,15 +79,19 @@ class Gptq:
         linear.refuse_others(PARTS)
         found = linear.expect("qweight", ("I32",), (d // 8, n), (d // 4, n))
         bits = 4 if found.shape[0] == d // 8 else 8
+        if bits not in self._bits:
+            says = " or ".join(map(str, sorted(self._bits)))
+            raise linear.corrupt(f"got qweight of shape {list(found.shape)}, {bits} bits, expected bits = {says}")
         scales = linear.header("scales", FLOATS)
         groups = scales.shape[0] if scales.shape else 0
-        if d % 8 or n % 8 or groups == 0 or d % groups:
+        if d % 8 or n % 8 or groups == 0:
             raise linear.corrupt(f"got scales of shape {list(scales.shape)} for a weight of {[n, d]}")
         linear.expect("scales", FLOATS, (groups, n))
         linear.expect("qzeros", ("I32",), (groups, n * bits // 32))
+        check_groups(linear, groups, self._group_sizes)
         if "g_idx" in linear.tensors or not self._in_order:
             linear.expect("g_idx", ("I32",), (d,))
-        if bits == 8 and not self._symmetric:
+        if bits == 8 and not self._some_symmetric:
             raise linear.unsupported("got zero points (sym = false) at 8 bits, expected none")
         return bits, groups
 
@@ -112,9 +136,10 @@ class Gptq:
             words = ((words.to(torch.int64) + one) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
         zeros = nibbles(words) if bits == 4 else words.contiguous().view(torch.uint8)
         middle = INT4_ZERO if bits == 4 else _INT8_ZERO
-        if self._symmetric and bool((zeros != middle).any()):
-            got = int(zeros[zeros != middle][0])
-            raise linear.corrupt(f"got a zero point of {got}, expected {middle} everywhere, as sym = true says")
+        if self._symmetric:
+            require_middle(linear, zeros, middle, "sym = true")
+        elif bits == 8 and bool((zeros != middle).any()):
+            raise linear.unsupported("got zero points (sym = false) at 8 bits, expected none")
         return zeros
 
     def _columns(self, linear: Linear, groups: int) -> Tensor | None:

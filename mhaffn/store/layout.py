@@ -7,7 +7,7 @@ ones with the same scale, which changes no value.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -104,6 +104,13 @@ def require_finite(values: Tensor, where: str) -> None:
         raise CorruptFileError(f"{where}: got {bad}, expected finite numbers. {_FETCH_AGAIN}")
 
 
+def require_middle(linear: Linear, zeros: Tensor, middle: int, says: str) -> None:
+    """Raises where a zero point is not ``middle``, though the config says that all are."""
+    if bool((zeros != middle).any()):
+        got = int(zeros[zeros != middle][0])
+        raise linear.corrupt(f"got a zero point of {got}, expected {middle} everywhere, as {says} says")
+
+
 def group_kept(linear: Linear, bits: int, group: int) -> int | None:
     """The group to keep a stored group of ``group`` columns in: itself, or the longest known one that divides it.
 
@@ -137,13 +144,68 @@ def pairs(codes: Tensor) -> Tensor:
 
 def setting(config: Mapping[str, Any], name: str, default: Any, *expected: Any) -> Any:
     """``config[name]``, which must be one of ``expected``; of what is not, the error says so."""
-    value = config.get(name, default)
+    return allowed(name, config.get(name, default), *expected)
+
+
+def allowed(name: str, value: Any, *expected: Any) -> Any:
+    """``value``, found in the config as ``name``, which must be one of ``expected``."""
     if not any(type(value) is type(known) and value == known for known in expected):
-        raise UnsupportedModelError(
-            f"quantization_config: got {name} = {shown(value)}, expected {' or '.join(map(repr, expected))}. "
-            f"Pack the original model instead."
-        )
+        raise refused(name, value, " or ".join(map(repr, expected)))
     return value
+
+
+def refused(name: str, value: Any, expected: str) -> UnsupportedModelError:
+    """The error for a quantization_config that asks for something else than what is read here."""
+    return UnsupportedModelError(
+        f"quantization_config: got {name} = {shown(value)}, expected {expected}. Pack the original model instead."
+    )
+
+
+def named(config: Mapping[str, Any], default: Any, *names: str) -> Any:
+    """What the config has under any of ``names``, in lower case; ``default`` where it has none, or null."""
+    found = {name: value for name in names if (value := config.get(name)) is not None}
+    found = {name: value.lower() if isinstance(value, str) else value for name, value in found.items()}
+    values = list(found.values())
+    if any(value != values[0] for value in values):
+        raise refused(" and ".join(found), values, "one: they differ")
+    return values[0] if values else default
+
+
+def variants(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """``config``, and what ``dynamic``, of GPTQModel, makes of it for some layers.
+
+    Which layers those are is not asked: tensors tell what lies there, and each must fit one of these. Patterns that
+    begin with ``-:`` name layers left in floats.
+    """
+    overrides = config.get("dynamic") or {}
+    if not isinstance(overrides, Mapping) or not all(isinstance(value, Mapping) for value in overrides.values()):
+        raise refused("dynamic", overrides, "an object of objects")
+    return [config, *({**config, **found} for name, found in overrides.items() if not name.startswith("-:"))]
+
+
+def group_sizes(configs: Iterable[Mapping[str, Any]], *names: str) -> set[int]:
+    """Columns of a group by each of ``configs``, -1 for a whole row; 128 where one does not say, as in transformers."""
+    return {group_size(names[0], named(config, 128, *names)) for config in configs}
+
+
+def group_size(name: str, value: Any) -> int:
+    """``value``, found in the config as ``name``: columns of a group, or -1, a whole row."""
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise refused(name, value, "a number of columns, or -1")
+    return value
+
+
+def check_groups(linear: Linear, groups: int, sizes: Collection[int]) -> None:
+    """Raises where ``groups`` of scales in a row are not what a group size of ``sizes``, -1 a whole row, makes."""
+    columns = linear.shape[1]
+    lengths = {columns if size == -1 else min(size, columns) for size in sizes}
+    divide = {length for length in lengths if columns % length == 0}
+    says = f"group_size = {' or '.join(map(str, sorted(sizes)))}"
+    if not divide:
+        raise linear.unsupported(f"got {says} for rows of {columns} columns, expected one that divides them")
+    if groups not in {columns // length for length in divide}:
+        expected = " or ".join(str(columns // length) for length in sorted(divide, reverse=True))
+        raise linear.corrupt(f"got scales of {groups} groups, expected {expected}: rows of {columns} columns, {says}")
 
 
 def too_large(where: str, dtype: str) -> StoreError:

@@ -1,8 +1,7 @@
-"""Quantised checkpoints as the source of a pack, against the libraries that define their formats.
+"""Quantised checkpoints as the source of a pack: each layout kept at its width, hostile tensors refused.
 
-AWQ's and GPTQ's packers need a GPU to import, so theirs are written out here as they stand in AutoAWQ 0.2.9
-(``awq/modules/linear/gemm.py``, ``WQLinear_GEMM.from_linear``) and GPTQModel 7.7
-(``gptqmodel/nn_modules/qlinear/__init__.py``, ``pack_original``; ``gptqmodel/utils/model.py`` for version 1).
+AWQ's and GPTQ's packers are written out here, so that these tests need no registry: test_interop.py compares them with
+the libraries' own, byte for byte. compressed-tensors and gguf pack for themselves.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def is_matrix(name: str) -> bool:
 
 def write(folder: Path, packer: Packer, config: dict[str, Any], **changes: Any) -> dict[str, Tensor]:
     """A folder whose layers are quantised by ``packer``; gives the values it stands for."""
-    weights = write_model(folder, dtype=torch.float16, **WIDTHS, **changes)
+    weights = write_model(folder, dtype=torch.float16, **(WIDTHS | changes))
     stored, expected = {}, {}
     for name, weight in weights.items():
         if is_matrix(name):
@@ -282,7 +281,12 @@ def by_hand(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return parts, (q * scales.float().repeat_interleave(128, 1)).half()
 
 
-PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+def compressed_config(format: str, *weights: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    groups = {f"group_{i}": {"targets": ["Linear"], "weights": w} for i, w in enumerate(weights)}
+    return {"quant_method": "compressed-tensors", "format": format, "config_groups": groups} | changes
+
+
+PACKED = compressed_config("pack-quantized", scheme(4, "group", group_size=128))
 
 
 def test_compressed_tensors_by_hand_and_layers_left_alone(tmp_path: Path) -> None:
@@ -347,7 +351,7 @@ HOSTILE: list[tuple[Packer, dict[str, Any], Change, type[MhaffnError], str]] = [
     (awq(), AWQ, lambda s: [s.pop(MODULE + p) for p in PARTS], CorruptFileError, "no tensors of"),
     (awq(), AWQ, lambda s: s.update({MODULE + "bias": torch.ones(256)}), UnsupportedModelError, "bias"),
     (awq(), AWQ, lambda s: s.update({MODULE + "perm": torch.ones(2)}), UnsupportedModelError, "'perm'"),
-    (awq(16), AWQ, lambda s: None, UnsupportedModelError, "groups of 16 columns, expected a multiple of 32"),
+    (awq(16), AWQ | {"group_size": 16}, lambda s: None, UnsupportedModelError, "groups of 16 columns, expected a mul"),
     (awq(), AWQ | {"version": "gemv"}, lambda s: None, UnsupportedModelError, "'gemv', expected 'gemm'"),
     (awq(), AWQ | {"bits": 3}, lambda s: None, UnsupportedModelError, "got bits = 3, expected 4"),
     (awq(), {"quant_method": "bitsandbytes"}, lambda s: None, UnsupportedModelError, "bitsandbytes"),
@@ -367,7 +371,7 @@ HOSTILE: list[tuple[Packer, dict[str, Any], Change, type[MhaffnError], str]] = [
     (gptq(), GPTQ, lambda s: s.update({"lm_head.qweight": torch.ones(2)}), UnsupportedModelError, "'qweight'"),
     (gptq(), GPTQ, lambda s: s.update({"model.norm.bias": torch.ones(2)}), UnsupportedModelError, "bias"),
     (by_hand, PACKED, put("weight_scale", with_value(float("nan"))), CorruptFileError, "got nan"),
-    (by_hand, PACKED, put("weight_scale", lambda t: t[:, :3]), CorruptFileError, "weight_scale of shape"),
+    (by_hand, PACKED, put("weight_scale", lambda t: t[:, :3]), CorruptFileError, "scales of 3 groups, expected 4"),
     (by_hand, PACKED, put("weight_scale", lambda t: t[1:]), CorruptFileError, r"weight_scale of shape \[255, 4\]"),
     (by_hand, PACKED, put("weight_shape", with_value(7)), CorruptFileError, r"got weight_shape \[256, 7\]"),
     (by_hand, PACKED, put("weight_packed", lambda t: t.view(torch.uint8)), CorruptFileError, "in U8, expected I32"),
@@ -395,7 +399,7 @@ def test_fp8_that_is_not_a_number(tmp_path: Path) -> None:
         values = weight.to(torch.float8_e4m3fn)
         return {"weight": values, "weight_scale": torch.ones(len(weight), 1)}, values.float()
 
-    config = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    config = compressed_config("float-quantized", scheme(8, "channel", type="float"))
     expect(tmp_path, write(tmp_path, packer, config), format="fp8")
     stored = load_file(tmp_path / "model.safetensors")
     octets = stored[MATRIX].view(torch.uint8)
@@ -530,7 +534,10 @@ def test_packing_a_quantised_folder(tmp_path: Path) -> None:
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model of one layer in each layout."""
     folder = tmp_path_factory.mktemp("small")
-    for name, packer, config in (("awq", awq(32), AWQ), ("gptq", gptq(32), GPTQ), ("compressed", by_hand, PACKED)):
+    short = {"group_size": 32}
+    for name, packer, config in (
+        ("awq", awq(32), AWQ | short), ("gptq", gptq(32), GPTQ | short), ("compressed", by_hand, PACKED),
+    ):  # fmt: skip
         write(folder / name, packer, config, num_hidden_layers=1)
     return {path.name: path for path in folder.iterdir()}
 
@@ -562,7 +569,8 @@ def test_damaged_headers(layout: str, data: st.DataObject, small: dict[str, Path
             octets[data.draw(st.integers(0, len(octets) - 1))] = data.draw(st.integers(0, 255))
     anything = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
     settings_ = values["quantization_config"]
-    for name in data.draw(st.lists(st.sampled_from([*sorted(settings_), "sym", "desc_act", "format"]), max_size=2)):
+    known = [*sorted(settings_), "sym", "desc_act", "format", "dynamic", "zero_point", "sparsity_config"]
+    for name in data.draw(st.lists(st.sampled_from(known), max_size=2)):
         settings_[name] = data.draw(anything)
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
