@@ -23,7 +23,18 @@ import torch
 from torch import Tensor
 
 from ..quantized import Quantized
-from . import attention_decode, attention_prefill, ffn, library, nvrtc, nvrtc_quantized, quantized, tiles, timing
+from . import (
+    attention_decode,
+    attention_prefill,
+    ffn,
+    library,
+    nvrtc,
+    nvrtc_attention,
+    nvrtc_quantized,
+    quantized,
+    tiles,
+    timing,
+)
 
 DTYPE = torch.bfloat16
 COLD_BYTES = 200 << 20  # inputs of consecutive calls: more than any L2
@@ -59,6 +70,15 @@ CUDA_TILES = [
     (2, 8, 1, 2),
     (2, 4, 1, 4),
     (2, 8, 2, 2),
+]
+DECODE_CUDA_TILES = [
+    (8, 1, 2, 1),
+    (8, 1, 2, 2),
+    (8, 2, 1, 1),
+    (8, 2, 1, 2),
+    (4, 2, 2, 1),
+    (4, 4, 1, 1),
+    (16, 1, 1, 0),
 ]
 FEW_BITS_TILES = [
     (32, 128, 4, 4),
@@ -116,10 +136,25 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=DTYPE)
 
 
+def decode_triton(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tile: tiles.Tile) -> Tensor:
+    return attention_decode.attention_decode(q, k, v, True, None, mask, q.shape[-1] ** -0.5, tile)
+
+
+def decode_cuda(q: Tensor, k: Tensor, v: Tensor, mask: None, tile: tiles.Tile) -> Tensor:
+    b, s, h, dim = k.shape
+    plan = nvrtc_attention.plan(q.dtype == torch.float16, dim, b * h, s, q.device.index, tile)
+    return nvrtc_attention.attention_decode(q, k, v, None, dim**-0.5, plan)
+
+
 def decode_shape(
-    batch: int, keys: int, dim: int = 128, heads: tuple[int, int] = (64, 8), tokens: int = 1
+    batch: int,
+    keys: int,
+    dim: int = 128,
+    heads: tuple[int, int] = (64, 8),
+    tokens: int = 1,
+    run: Callable[..., Tensor] = decode_triton,
 ) -> Callable[..., Any]:
-    """One token, or several drafted ones under a mask: a tile has to run both."""
+    """One token, or several drafted ones under a mask: a tile of Triton's has to run both."""
     hq, h = heads
     sets: list[tuple[Tensor, Tensor]] = []
 
@@ -131,8 +166,7 @@ def decode_shape(
         mask = None
         if tokens > 1:
             mask = torch.ones(batch, 1, tokens, keys, dtype=torch.bool, device="cuda")
-        run = attention_decode.attention_decode
-        once = [lambda k=k, v=v: run(q, k, v, True, None, mask, dim**-0.5, tile) for k, v in sets]
+        once = [lambda k=k, v=v: run(q, k, v, mask, tile) for k, v in sets]
         return once * -(-DECODE_CALLS_MIN // len(once))
 
     return calls
@@ -194,6 +228,7 @@ def problems() -> list[Problem]:
             [decode_shape(1, 8192, 64, (32, 8)), decode_shape(1, 8192, 64, (32, 8), 16)],
         )
     )
+    found += decode_cuda_problems()
     prefill = [
         {**tile, "DESCRIPTOR": d} for tile in named("BLOCK_M BLOCK_N STAGES WARPS", PREFILL_TILES) for d in (0, 1)
     ]
@@ -203,6 +238,25 @@ def problems() -> list[Problem]:
     found.append(Problem("gate_up", {"element": 2}, gate_up, [gate_up_shape(2048)]))
     found += few_rows_problems()
     found += few_bits_problems()
+    return found
+
+
+def decode_cuda_problems() -> list[Problem]:
+    """One token: of a few sequences' heads, then of many; heads of 64, then of 128."""
+    found = []
+    compiled = named("WARPS BLOCKS DEPTH AHEAD", DECODE_CUDA_TILES)
+    launched = list(grid(INTERLEAVED=(0, 1), WAVES=(1, 2)))
+    candidates = [{**tile, **launch} for tile in compiled for launch in launched]
+    for dim, heads in ((64, (32, 8)), (128, (64, 8))):
+        width = {"dim": 64} if dim == 64 else {}
+        lengths: list[tuple[dict[str, int], int]] = [({"keys": 16384}, 8192), ({}, 32768)]
+        for batch, programs in ((1, {"programs": 8}), (8, {})):
+            for bound, keys in lengths if dim == 128 else [({}, 8192)]:
+                sizes = {"element": 2, "dim": dim, "rows": 16, "keys": keys, "programs": batch * heads[1]}
+                rival = ("attention_decode", sizes, decode_shape(batch, keys, dim, heads))
+                shapes = [decode_shape(batch, keys, dim, heads, run=decode_cuda)]
+                limits = {**width, **programs, **bound}
+                found.append(Problem("attention_decode_cuda", limits, candidates, shapes, rival))
     return found
 
 
