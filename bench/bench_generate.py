@@ -72,6 +72,9 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
+WARM_UP_TOKENS = 8
+
+
 class Contender:
     """A model, and the names in transformers' module that its patch puts in place while it runs."""
 
@@ -163,11 +166,12 @@ def measure(models: list[Contender], ids: torch.Tensor, tokens: int, rounds: int
     ``times_unmodified`` are medians of the ratios of each round, in which all were measured one after the other: a
     shared host is slow for seconds at a time, for all of them.
     """
-    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": tokens}
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
     samples: dict[str, dict[str, list[list[float]]]] = {
         c.name: {"prefill": [], "generate": [], "step": [], "decode": []} for c in models
     }
     for turn in range(-1, rounds):  # the first turn compiles, and counts for nothing
+        options["max_new_tokens"] = tokens if turn >= 0 else min(tokens, WARM_UP_TOKENS)
         for contender in models[turn % len(models) :] + models[: turn % len(models)]:
             with contender.active() as model:
                 cache = prefill(model, ids)

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import tiles
-from .launch import Jit
+from .launch import Jit, contiguous_like
 from .prefetch import prefetch_rows, rows_aligned
 
 LOG2E = 1.4426950408889634
@@ -197,7 +197,7 @@ def attention_decode(
     s, h = k.shape[1], k.shape[2]
     if k.shape != (b, s, h, dim) or v.shape != k.shape or hq % h:
         raise ValueError(f"attention_decode: got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    out = torch.empty((b, t, hq, dim), dtype=q.dtype, device=q.device)
+    out = contiguous_like(q)
     if out.numel() == 0:
         return out
     machine = tiles.machine(q.device)

@@ -117,14 +117,17 @@ class Jit:
         integers: tuple[int, ...],
         **options: Any,
     ) -> None:
-        addresses = [None if t is None else t.data_ptr() for t in tensors]
-        same = (
-            tensors[0].device, *options.values(),  # type: ignore[union-attr]
-            *[None if t is None else t.dtype for t in tensors], *[a is not None and a % 16 == 0 for a in addresses],
-        )  # fmt: skip
-        found = self._recent.get((same, integers))
+        addresses: list[int | None] = []
+        same: list[Any] = [*options.values(), tensors[0].get_device()]  # type: ignore[union-attr]
+        for t in tensors:
+            address = None if t is None else t.data_ptr()
+            addresses.append(address)
+            same.append(None if t is None else t.dtype)
+            same.append(address is not None and address % 16 == 0)
+        recent = (integers, *same)
+        found = self._recent.get(recent)
         if found is None:
-            kinds = (same, *map(kind, integers))
+            kinds = (*same, *map(kind, integers))
             found = self._compiled.get(kinds)
             if found is None:
                 compiled = self.kernel[grid](*tensors, *map(float, floats), *integers, **options)
@@ -134,9 +137,14 @@ class Jit:
                 return
             if len(self._recent) >= RECENT:
                 self._recent.clear()
-            self._recent[same, integers] = found
+            self._recent[recent] = found
         compiled, constants = found
         compiled[grid](*addresses, *floats, *integers, *constants)
+
+
+def contiguous_like(x: Tensor) -> Tensor:
+    """Memory for a result shaped as x: in half the time of ``torch.empty`` where x is contiguous."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def stream_of(index: int) -> int:

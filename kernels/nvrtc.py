@@ -55,10 +55,13 @@ def function_pointer(name: str, source: str, defines: tuple[str, ...], device_in
 
 
 @cache
-def _few_rows_kernel(half: bool, gated: bool, columns: int, tile: tuple[tuple[str, int], ...], index: int) -> Function:
-    sizes = dict(tile)
+def _few_rows_kernel(
+    half: bool, gated: bool, columns: int, rows: int, index: int, tile: tuple[tuple[str, int], ...] = ()
+) -> tuple[Function, int]:
+    """The kernel of a tile, else of the table's for so many rows, and how many rows one block of it makes."""
+    sizes = dict(tile) or _tile(tiles.gpu(index), columns, rows, gated)
     pointer = function_pointer("ffn_few_rows", "ffn_few_rows.cu", few_rows_defines(half, gated, columns, sizes), index)
-    return Function(pointer, "PPPPqiii", 32 * sizes["WARPS"])
+    return Function(pointer, "PPPPqiii", 32 * sizes["WARPS"]), 16 * sizes["TILES"]
 
 
 def chosen(x: Tensor, a: Tensor, gated: bool) -> bool:
@@ -85,12 +88,11 @@ def few_rows(x: Tensor, a: Tensor, b: Tensor | None, tile: tiles.Tile | None = N
     if m > FEW_ROWS_MAX or width % 8 or a.shape != (rows, width) or (b is not None and b.shape != a.shape):
         raise ValueError(f"few_rows: got x {tuple(x.shape)}, a {tuple(a.shape)}; M is at most 16, D a multiple of 8")
     index = torch.cuda.current_device() if x.device.index is None else x.device.index
-    columns = 1 if m <= 8 else 2
-    tile = _tile(tiles.gpu(index), columns, rows, b is not None) if tile is None else tile
-    kernel = _few_rows_kernel(x.dtype == torch.float16, b is not None, columns, tuple(tile.items()), index)
+    given = () if tile is None else tuple(tile.items())
+    kernel, block = _few_rows_kernel(x.dtype == torch.float16, b is not None, 1 if m <= 8 else 2, rows, index, given)
     out = torch.empty((m, rows), dtype=x.dtype, device=x.device)
     kernel(
-        (-(-rows // (16 * tile["TILES"])), 1), stream_of(index), x.data_ptr(), a.data_ptr(),
+        (-(-rows // block), 1), stream_of(index), x.data_ptr(), a.data_ptr(),
         a.data_ptr() if b is None else b.data_ptr(), out.data_ptr(), x.stride(0), m, rows, width,
     )  # fmt: skip
     return out

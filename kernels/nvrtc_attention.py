@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import nvrtc, tiles
-from .launch import INT32_MAX, Function, stream_of
+from .launch import INT32_MAX, Function, contiguous_like, stream_of
 
 SOURCE = "attention_decode.cu"
 DIMS = (64, 128)
@@ -105,19 +105,28 @@ def attention_decode(
     q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, scale: float, chosen_plan: Plan | None = None
 ) -> Tensor:
     """q [B, 1, HQ, K], k and v [B, S, H, K] (unit last stride) -> [B, 1, HQ, K]; as :func:`fits` wants them."""
-    b, s, h, dim = k.shape
+    b, _, h, dim = k.shape
     heads = q.shape[2]
     if v.shape != k.shape or q.shape != (b, 1, heads, dim) or heads % h or not fits(q, k, v, kv_lens, None):
         raise ValueError(
             f"attention_decode: got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} of {q.dtype}; one "
             f"token, groups of at most {GROUP_MAX}, heads of {DIMS}, 16-byte aligned rows, lengths in int32 or int64"
         )
+    return launch(q, k, v, kv_lens, scale, chosen_plan)
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, scale: float, chosen_plan: Plan | None = None
+) -> Tensor:
+    """:func:`attention_decode` of what :func:`chosen` has looked at."""
+    b, s, h, dim = k.shape
+    heads = q.shape[2]
     index = torch.cuda.current_device() if q.device.index is None else q.device.index
     half = q.dtype == torch.float16
     found = _plan(half, dim, b * h, s, index) if chosen_plan is None else chosen_plan
     split, combine, splits, interleaved = found
     group = heads // h
-    out = torch.empty((b, 1, heads, dim), dtype=q.dtype, device=q.device)
+    out = contiguous_like(q)
     partial_at = lse_at = 0
     if combine is not None:
         partial = torch.empty(splits * b * heads * (dim + 1), dtype=torch.float32, device=q.device)

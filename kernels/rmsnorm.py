@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import tiles
-from .launch import Jit
+from .launch import Jit, contiguous_like
 
 WIDTH_MAX = 32768
 
@@ -78,7 +78,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     width = x.shape[-1]
     if weight.shape != (width,) or width > WIDTH_MAX:
         raise ValueError(f"rms_norm: got x {tuple(x.shape)}, weight {tuple(weight.shape)}, width over {WIDTH_MAX}?")
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = contiguous_like(x)
     total = torch.empty_like(out) if residual is not None else out
     if out.numel() == 0:
         return out, total

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import tiles
-from .launch import Jit
+from .launch import Jit, contiguous_like
 
 PAIRS, HEADS, WARPS = 1024, 8, 4  # pairs a program turns, heads it takes of a token, warps it has
 
@@ -107,8 +106,7 @@ _kernel = Jit(rope_kernel)
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Returns rotated q and k, contiguous."""
-    out_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    out_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    out_q, out_k = contiguous_like(q), contiguous_like(k)
     _launch(q, k, None, cos, sin, None, out_q, out_k, None, interleaved)
     return out_q, out_k
 
@@ -118,7 +116,7 @@ def rope_write(
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
     """Returns rotated q; writes rotated k, and v, to rows ``start[b] + t`` of k_cache and v_cache [B, S, H, K]."""
-    out_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out_q = contiguous_like(q)
     _launch(q, k, v, cos, sin, start, out_q, k_cache, v_cache, interleaved)
     return out_q
 

@@ -1,7 +1,7 @@
 """Which implementation runs on a GPU: the one place that decides, by dtype and shape.
 
 The rule is the fastest measured (docs/kernels.md holds the figures); where none of our kernels won, the library runs.
-The CPU always runs the library. Kernels are imported when first used, so that a machine without Triton can import ops.
+The CPU always runs the library, and never imports this.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from functools import cache
 from torch import Tensor, float32
 
 from ..quantized import Quantized
-from . import library
+from . import attention_decode as decode
+from . import attention_prefill as prefill
+from . import ffn as ffn_kernels
+from . import library, nvrtc, nvrtc_attention, nvrtc_quantized, quantized, rmsnorm, tiles
+from . import rope as rope_kernels
 
 DECODE_TOKENS_MAX = 64
 """Query tokens up to which the keys are split among programs."""
@@ -26,34 +30,26 @@ LIBRARY_ROWS_WIDE = range(257, 1025)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    from . import rmsnorm
-
     if x.shape[-1] > rmsnorm.WIDTH_MAX:
         return library.rms_norm(x, weight, eps)
     return rmsnorm.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from . import rmsnorm
-
     if x.shape[-1] > rmsnorm.WIDTH_MAX:
         return library.add_rms_norm(x, residual, weight, eps)
     return rmsnorm.add_rms_norm(x, residual, weight, eps)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    from . import rope
-
-    return rope.rope(q, k, cos, sin, interleaved)
+    return rope_kernels.rope(q, k, cos, sin, interleaved)
 
 
 def rope_write(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor,
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
-    from . import rope
-
-    return rope.rope_write(q, k, v, cos, sin, k_cache, v_cache, start, interleaved)
+    return rope_kernels.rope_write(q, k, v, cos, sin, k_cache, v_cache, start, interleaved)
 
 
 def attention(
@@ -64,12 +60,9 @@ def attention(
     if q.dtype == float32:  # no matrix units in IEEE float32: nothing to win, and PyTorch's sums round less
         return library.attention(q, k, v, causal, kv_lens, mask, scale)
     if t <= DECODE_TOKENS_MAX:
-        from . import nvrtc_attention
-        from .attention_decode import attention_decode
-
         if nvrtc_attention.chosen(q, k, v, kv_lens, mask):
-            return nvrtc_attention.attention_decode(q, k, v, kv_lens, softmax_scale)
-        return attention_decode(q, k, v, causal, kv_lens, mask, softmax_scale)
+            return nvrtc_attention.launch(q, k, v, kv_lens, softmax_scale)
+        return decode.attention_decode(q, k, v, causal, kv_lens, mask, softmax_scale)
     plain = kv_lens is None and mask is None
     if plain and q.numel() and _gluon(q):
         from .attention_prefill_sm90 import attention_prefill_sm90, fits
@@ -78,9 +71,7 @@ def attention(
             return attention_prefill_sm90(q, k, v, causal, softmax_scale)
     if plain and (t == s or not causal):
         return library.attention(q, k, v, causal, kv_lens, mask, scale)
-    from .attention_prefill import attention_prefill
-
-    return attention_prefill(q, k, v, causal, kv_lens, mask, softmax_scale)
+    return prefill.attention_prefill(q, k, v, causal, kv_lens, mask, softmax_scale)
 
 
 @cache
@@ -93,23 +84,17 @@ def _gluon_installed() -> bool:
 
 
 def _gluon(q: Tensor) -> bool:
-    from . import tiles
-
     return tiles.machine(q.device).gluon and _gluon_installed()
 
 
 def few_rows(x: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
     """``x aᵀ`` or ``silu(x aᵀ) * (x bᵀ)`` for up to 64 rows: in Triton, or in CUDA C++ where that was faster."""
-    from . import ffn, nvrtc
-
     if nvrtc.chosen(x, a, b is not None):
         return nvrtc.few_rows(x, a, b)
-    return ffn.few_rows(x, a, b)
+    return ffn_kernels.few_rows(x, a, b)
 
 
 def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-    from . import ffn
-
     for name, w in (("w1", w1), ("w3", w3), ("w2", w2)):
         if w.data_ptr() % 16:
             raise ValueError(f"ffn: {name} address: got {w.data_ptr() % 16} past a multiple of 16, expected 16 bytes")
@@ -117,17 +102,15 @@ def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     if rows.shape[0] == 0 or x.dtype == float32:
         return library.ffn(x, w1, w3, w2)
     narrow = rows.shape[1] < WIDE  # at 4096, cuBLAS was 3 % faster from 64 rows
-    if rows.shape[0] <= (FEW_ROWS_NARROW_MAX if narrow else ffn.FEW_ROWS_MAX):
+    if rows.shape[0] <= (FEW_ROWS_NARROW_MAX if narrow else ffn_kernels.FEW_ROWS_MAX):
         return few_rows(few_rows(rows, w1, w3), w2, None).view(x.shape)
-    fused = (narrow or rows.shape[0] not in LIBRARY_ROWS_WIDE) and ffn.gate_up_fits(rows, w1, w3)
-    gate_up = ffn.gate_up if fused else ffn.linear_silu_mul
+    fused = (narrow or rows.shape[0] not in LIBRARY_ROWS_WIDE) and ffn_kernels.gate_up_fits(rows, w1, w3)
+    gate_up = ffn_kernels.gate_up if fused else ffn_kernels.linear_silu_mul
     return library.ffn(rows, w1, w3, w2, gate_up=gate_up).view(x.shape)
 
 
 def ffn_of_rows(x: Tensor, w1: Quantized, w3: Quantized, w2: Quantized) -> Tensor:
     """x [M, D] -> [M, D], weights in few bits."""
-    from . import nvrtc_quantized
-
     many = x.shape[0] > nvrtc_quantized.ROWS_MAX and x.dtype != float32
     if many and nvrtc_quantized.gate_up_down_chosen(x, w1, w3, w2):
         return nvrtc_quantized.gate_up_down(x, w1, w3, w2)
@@ -136,8 +119,6 @@ def ffn_of_rows(x: Tensor, w1: Quantized, w3: Quantized, w2: Quantized) -> Tenso
 
 def few_rows_quantized(x: Tensor, a: Quantized, b: Quantized | None) -> Tensor:
     """:func:`few_rows` of weights in few bits."""
-    from . import nvrtc_quantized, quantized
-
     if nvrtc_quantized.chosen(x, a, b is not None):
         return nvrtc_quantized.few_rows(x, a, b)
     return quantized.linear(x, a, b)
@@ -145,8 +126,6 @@ def few_rows_quantized(x: Tensor, a: Quantized, b: Quantized | None) -> Tensor:
 
 def product(x: Tensor, weight: Quantized) -> Tensor:
     """x [M, D] -> [M, N]."""
-    from . import nvrtc_quantized, quantized
-
     if x.shape[0] == 0 or x.dtype == float32:
         return library.linear_in_chunks(x, weight)
     few = x.shape[0] <= nvrtc_quantized.ROWS_MAX
@@ -169,14 +148,12 @@ def _slow_past(x: Tensor, weight: Quantized) -> bool:
 
 def gate_up_quantized(x: Tensor, w1: Quantized, w3: Quantized) -> Tensor:
     """``silu(w1 x) * w3 x``: x [M, D] -> [M, F]."""
-    from . import ffn, nvrtc_quantized
-
     alike = (w1.format, w1.group, w1.scales.dtype, w1.zeros is None) == (
         w3.format, w3.group, w3.scales.dtype, w3.zeros is None,
     )  # fmt: skip
     if alike and 0 < x.shape[0] <= nvrtc_quantized.ROWS_MAX and x.dtype != float32:
         return few_rows_quantized(x, w1, w3)
-    return ffn.silu_mul_(product(x, w1), product(x, w3))
+    return ffn_kernels.silu_mul_(product(x, w1), product(x, w3))
 
 
 def check_addresses(op: str, **weights: Quantized) -> None:

@@ -18,19 +18,21 @@ Every function checks its arguments first and raises ``ValueError`` (what it got
 inference: one raises ``RuntimeError`` when gradients are enabled and an input requires them.
 
 Each is a registered PyTorch operator (``torch.ops.mhaffn.*``) with a fake implementation, so ``torch.compile``,
-``torch.export`` and CUDA graphs take it whole. Which implementation runs is decided in ``kernels/select.py``.
+``torch.export`` and CUDA graphs take it whole; a call that nothing traces, transforms or profiles goes past the
+dispatcher. Which implementation runs is decided in ``kernels/select.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .formats import GROUPS, VALUES_DTYPES
-from .kernels import library, select
+from .kernels import library
 from .quantized import SCALE_DTYPES, Quantized
 
 __all__ = ["add_rms_norm", "attention", "ffn", "linear", "rms_norm", "rope", "rope_write"]
@@ -38,6 +40,8 @@ __all__ = ["add_rms_norm", "attention", "ffn", "linear", "rms_norm", "rope", "ro
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cpu", "cuda")
 HEAD_DIM_MAX = 256
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Kinds of tensors that know no other way to call an operator."""
 VALUES = {name: getattr(torch, dtype) for name, dtype in VALUES_DTYPES.items()}
 
 
@@ -48,9 +52,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     weight: the rounding order of transformers' ``LlamaRMSNorm`` (RMSNorm: arXiv 1910.07467).
     """
     _check_inference("rms_norm", x, weight)
-    _check_tensors("rms_norm", x=x, weight=weight)
+    plain = _check_tensors("rms_norm", x=x, weight=weight)
     _check_norm("rms_norm", x, weight)
-    return cast(Tensor, torch.ops.mhaffn.rms_norm(x, weight, eps))
+    return cast(Tensor, _rms_norm(plain, x, weight, eps))
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -59,10 +63,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     x and residual ``[..., D]``, weight ``[D]``. The sum is rounded to ``x.dtype`` before it is normalised.
     """
     _check_inference("add_rms_norm", x, residual, weight)
-    _check_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
+    plain = _check_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
     _check_norm("add_rms_norm", x, weight)
-    _expect(residual.shape == x.shape, "add_rms_norm", "residual shape", tuple(residual.shape), tuple(x.shape))
-    return cast("tuple[Tensor, Tensor]", torch.ops.mhaffn.add_rms_norm(x, residual, weight, eps))
+    if residual.shape != x.shape:
+        _expect(False, "add_rms_norm", "residual shape", tuple(residual.shape), tuple(x.shape))
+    return cast("tuple[Tensor, Tensor]", _add_rms_norm(plain, x, residual, weight, eps))
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -73,9 +78,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
     (half-split: Hugging Face checkpoints) or, with ``interleaved``, ``(2i, 2i + 1)`` (Meta checkpoints).
     """
     _check_inference("rope", q, k, cos, sin)
-    _check_tensors("rope", q=q, k=k)
+    plain = _check_tensors("rope", q=q, k=k)
     _check_rope("rope", q, k, cos, sin)
-    return cast("tuple[Tensor, Tensor]", torch.ops.mhaffn.rope(q, k, cos, sin, interleaved))
+    plain = plain and type(cos) in PLAIN and type(sin) in PLAIN
+    return cast("tuple[Tensor, Tensor]", _rope(plain, q, k, cos, sin, interleaved))
 
 
 def rope_write(
@@ -132,9 +138,10 @@ def attention(
     - ``scale``: 1 / sqrt(K) where not given.
     """
     _check_inference("attention", q, k, v)
-    _check_tensors("attention", q=q, k=k, v=v)
+    plain = _check_tensors("attention", q=q, k=k, v=v)
     _check_attention(q, k, v, kv_lens, mask)
-    return cast(Tensor, torch.ops.mhaffn.attention(q, k, v, causal, kv_lens, mask, scale))
+    plain = plain and (kv_lens is None or type(kv_lens) in PLAIN) and (mask is None or type(mask) in PLAIN)
+    return cast(Tensor, _attention(plain, q, k, v, causal, kv_lens, mask, scale))
 
 
 def linear(x: Tensor, weight: Tensor | Quantized) -> Tensor:
@@ -145,10 +152,10 @@ def linear(x: Tensor, weight: Tensor | Quantized) -> Tensor:
     """
     if isinstance(weight, Quantized):
         _check_inference("linear", x)
-        _check_tensors("linear", x=x)
-        _check_quantized("linear", "weight", weight, x, x.shape[-1])
+        plain = _check_tensors("linear", x=x)
+        plain = _check_quantized("linear", "weight", weight, x, x.shape[-1]) and plain
         parts = (weight.values, weight.scales, weight.zeros, weight.format, weight.group)
-        return cast(Tensor, torch.ops.mhaffn.linear_quantized(x, *parts))
+        return cast(Tensor, _linear_quantized(plain, x, *parts))
     _check_inference("linear", x, weight)
     _check_tensors("linear", x=x, weight=weight)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -166,21 +173,23 @@ def ffn(x: Tensor, w1: Tensor | Quantized, w3: Tensor | Quantized, w2: Tensor | 
     """
     if isinstance(w1, Tensor) and isinstance(w3, Tensor) and isinstance(w2, Tensor):
         _check_inference("ffn", x, w1, w3, w2)
-        _check_tensors("ffn", x=x, w1=w1, w3=w3, w2=w2)
+        plain = _check_tensors("ffn", x=x, w1=w1, w3=w3, w2=w2)
         _check_ffn(x, w1, w3, w2)
-        return cast(Tensor, torch.ops.mhaffn.ffn(x, w1, w3, w2))
+        return cast(Tensor, _ffn(plain, x, w1, w3, w2))
     if isinstance(w1, Tensor) or isinstance(w3, Tensor) or isinstance(w2, Tensor):
         _check_ffn_shapes(x, w1, w3, w2)
         return linear(torch.nn.functional.silu(linear(x, w1)).mul_(linear(x, w3)), w2)
     records = [w1, w3, w2]
     _check_inference("ffn", x)
-    _check_tensors("ffn", x=x)
+    plain = _check_tensors("ffn", x=x)
     for name, record in zip(("w1", "w3", "w2"), records, strict=True):
-        _check_quantized("ffn", name, record, x, records[0].shape[0] if name == "w2" else x.shape[-1])
+        width = records[0].shape[0] if name == "w2" else x.shape[-1]
+        plain = _check_quantized("ffn", name, record, x, width) and plain
     _check_ffn_shapes(x, w1, w3, w2)
     return cast(
         Tensor,
-        torch.ops.mhaffn.ffn_quantized(
+        _ffn_quantized(
+            plain,
             x,
             [r.values for r in records],
             [r.scales for r in records],
@@ -207,15 +216,21 @@ def _check_inference(op: str, *tensors: Tensor) -> None:
         )
 
 
-def _check_tensors(op: str, **tensors: Tensor) -> None:
-    """One dtype, one device, unit last stride."""
+def _check_tensors(op: str, **tensors: Tensor) -> bool:
+    """One dtype, one device, unit last stride. Returns whether all are :data:`PLAIN`."""
     first = next(iter(tensors.values()))
     dtype, device = first.dtype, first.device
     fits = dtype in DTYPES and device.type in DEVICES
+    plain = True
     for t in tensors.values():
-        fits = fits and t.dtype == dtype and t.device == device and t.dim() > 0 and _unit(t)
+        strides = t.stride()
+        if t.dtype != dtype or t.device != device or not strides or (strides[-1] != 1 and t.shape[-1] > 1):
+            fits = False
+        if type(t) not in PLAIN:
+            plain = False
     if not fits:  # messages are made here alone: making them costs more host time than the checks
         _refuse_tensors(op, tensors)
+    return plain
 
 
 def _unit(t: Tensor) -> bool:
@@ -239,11 +254,13 @@ def _check_norm(op: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _check_rope(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    _expect(q.dim() == 4, op, "q shape", tuple(q.shape), "[B, T, HQ, K]")
+    if q.dim() != 4:
+        _expect(False, op, "q shape", tuple(q.shape), "[B, T, HQ, K]")
     b, t, _, dim = q.shape
-    if k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != dim:
+    if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (b, t, dim):
         _expect(False, op, "k shape", tuple(k.shape), f"[B, T, H, K] with B {b}, T {t}, K {dim}")
-    _expect(dim % 2 == 0, op, "head dim K", dim, "an even number")
+    if dim % 2:
+        _expect(False, op, "head dim K", dim, "an even number")
     for name, angle in (("cos", cos), ("sin", sin)):
         if angle.dtype != torch.float32 or angle.device != q.device:
             _expect(angle.dtype == torch.float32, op, f"{name} dtype", angle.dtype, torch.float32)
@@ -267,7 +284,8 @@ def _check_lengths(op: str, name: str, lengths: Tensor, q: Tensor) -> None:
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, mask: Tensor | None) -> None:
     op = "attention"
-    _expect(q.dim() == 4, op, "q shape", tuple(q.shape), "[B, T, HQ, K]")
+    if q.dim() != 4:
+        _expect(False, op, "q shape", tuple(q.shape), "[B, T, HQ, K]")
     b, t, hq, dim = q.shape
     if k.dim() != 4 or k.shape[0] != b or k.shape[3] != dim:
         _expect(False, op, "k shape", tuple(k.shape), f"[B, S, H, K] with B {b}, K {dim}")
@@ -305,8 +323,11 @@ def _check_ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
             _expect(False, "ffn", f"{name} strides", w.stride(), "a contiguous matrix")
 
 
-def _check_quantized(op: str, name: str, weight: Quantized, x: Tensor, width: int) -> None:
-    """The parts of a weight agree with its format, with one another and with a product of ``width`` columns."""
+def _check_quantized(op: str, name: str, weight: Quantized, x: Tensor, width: int) -> bool:
+    """The parts of a weight agree with its format, with one another and with a product of ``width`` columns.
+
+    Returns whether all are :data:`PLAIN`.
+    """
     values, scales, zeros, group = weight.values, weight.scales, weight.zeros, weight.group
     if weight.format not in VALUES:
         _expect(False, op, f"{name} format", weight.format, "int4, int8 or fp8")
@@ -331,16 +352,49 @@ def _check_quantized(op: str, name: str, weight: Quantized, x: Tensor, width: in
             _expect(
                 False, op, f"{name} {part} dtype", t.dtype, "float16, bfloat16 or float32, one for scales and zeros"
             )
+    plain = True
     for part, t in (("values", values), ("scales", scales), ("zeros", scales if zeros is None else zeros)):
+        plain = plain and type(t) in PLAIN
         if t.device != x.device:
             _expect(False, op, f"{name} {part} device", t.device, f"{x.device}, that of x")
         if not t.is_contiguous():
             _expect(False, op, f"{name} {part} strides", t.stride(), "a contiguous matrix")
+    return plain
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
 # torch.library.define + impl is what torch.library.custom_op builds on; without that wrapper a call costs 3 µs of
-# host time instead of 13, and a decoded token makes hundreds of calls.
+# host time instead of 13. The dispatcher's way to an implementation in Python and back takes 8 µs more, and a decoded
+# token makes hundreds of calls: those that nothing else has to see go to the implementation itself.
+
+try:
+    from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+    from torch._C._autograd import _profiler_enabled
+    from torch._C._functorch import peek_interpreter_stack
+
+    def _watched() -> bool:
+        """Whether something traces, compiles, transforms or profiles what is called now."""
+        return (
+            torch.compiler.is_compiling()
+            or _len_torch_dispatch_stack() > 0
+            or _len_torch_function_stack() > 0
+            or _get_tracing_state() is not None
+            or peek_interpreter_stack() is not None
+            or _profiler_enabled()
+        )
+
+except ImportError:  # a PyTorch that tells it otherwise
+
+    def _watched() -> bool:
+        return True
+
+
+@cache
+def _on_gpu(op: str) -> Callable[..., Any]:
+    """The CUDA implementation; kernels are imported at the first call of one, and a machine may have no Triton."""
+    from .kernels import select
+
+    return cast("Callable[..., Any]", getattr(select, op))
 
 
 def _on_its_gpu(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -355,48 +409,59 @@ def _on_its_gpu(run: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _register(schema: str, fake: Callable[..., Any]) -> None:
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers an operator; returns what calls it, given whether all tensors are :data:`PLAIN`, and its arguments."""
     op = schema.partition("(")[0]
+    on_cpu = getattr(library, op)
+    on_gpu = _on_its_gpu(lambda *arguments: _on_gpu(op)(*arguments))
     torch.library.define(f"mhaffn::{op}", schema.removeprefix(op))
-    torch.library.impl(f"mhaffn::{op}", "cpu", getattr(library, op))
-    torch.library.impl(f"mhaffn::{op}", "cuda", _on_its_gpu(getattr(select, op)))
+    torch.library.impl(f"mhaffn::{op}", "cpu", on_cpu)
+    torch.library.impl(f"mhaffn::{op}", "cuda", on_gpu)
     torch.library.register_fake(f"mhaffn::{op}", fake)
+    dispatched = getattr(torch.ops.mhaffn, op)
+
+    def call(plain: bool, x: Tensor, *arguments: Any) -> Any:
+        if not plain or _watched():
+            return dispatched(x, *arguments)
+        return on_gpu(x, *arguments) if x.is_cuda else on_cpu(x, *arguments)
+
+    return call
 
 
 def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_register(
+_rms_norm = _operator(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     lambda x, weight, eps: _like(x),
 )
-_register(
+_add_rms_norm = _operator(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     lambda x, residual, weight, eps: (_like(x), _like(x)),
 )
-_register(
+_rope = _operator(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
     lambda q, k, cos, sin, interleaved: (_like(q), _like(k)),
 )
-_register(
+_operator(
     "rope_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor start, bool interleaved) -> Tensor",
     lambda q, k, v, cos, sin, k_cache, v_cache, start, interleaved: _like(q),
 )
-_register(
+_attention = _operator(
     "attention(Tensor q, Tensor k, Tensor v, bool causal, Tensor? kv_lens, Tensor? mask, float? scale) -> Tensor",
     lambda q, k, v, causal, kv_lens, mask, scale: _like(q),
 )
-_register(
+_ffn = _operator(
     "ffn(Tensor x, Tensor w1, Tensor w3, Tensor w2) -> Tensor",
     lambda x, w1, w3, w2: _like(x),
 )
-_register(
+_linear_quantized = _operator(
     "linear_quantized(Tensor x, Tensor values, Tensor scales, Tensor? zeros, str format, int group) -> Tensor",
     lambda x, values, scales, zeros, format, group: x.new_empty((*x.shape[:-1], values.shape[0])),
 )
-_register(
+_ffn_quantized = _operator(
     "ffn_quantized(Tensor x, Tensor[] values, Tensor[] scales, Tensor?[] zeros, str[] format, int[] group) -> Tensor",
     lambda x, values, scales, zeros, format, group: _like(x),
 )

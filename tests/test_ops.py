@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhaffn import ops
 from mhaffn.kernels import reference
@@ -505,3 +507,59 @@ def test_who_makes_the_gate_and_up_products_of_many_rows(monkeypatch, width, row
     w = torch.zeros(16, width, dtype=torch.bfloat16)
     select.ffn(torch.zeros(rows, width, dtype=torch.bfloat16), w, w, w.T.contiguous())
     assert called == [expected]
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that the dispatcher sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.names.append(getattr(func, "__name__", str(func)))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_what_watches_operators_sees_them():
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    expected = ops.rms_norm(x, weight, 1e-5)
+
+    def run(x):
+        return ops.rms_norm(x, weight, 1e-5)
+
+    with Seen() as seen:
+        got = run(x)
+    torch.testing.assert_close(got, expected)
+    assert seen.names == ["mhaffn::rms_norm"]
+    with torch.profiler.profile() as profile:
+        run(x)
+    assert "mhaffn::rms_norm" in {event.key for event in profile.key_averages()}
+    assert "mhaffn.rms_norm" in str(make_fx(run)(x).graph)
+    assert "mhaffn::rms_norm" in str(torch.jit.trace(run, (x,)).graph)
+    Subclass.names = []
+    run(x.as_subclass(Subclass))
+    assert any("rms_norm" in name for name in Subclass.names)
+    watched = []
+    torch.func.vmap(lambda x: watched.append(ops._watched()) or run(x))(torch.randn(2, 3, 8))
+    assert watched == [True]
+
+
+def test_a_call_that_nothing_watches_goes_past_the_dispatcher():
+    q, k, cos, sin = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 2, 8), *torch.rand(2, 2, 4)
+    files = []
+    sys.setprofile(lambda frame, event, _: files.append(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        got = ops.rope(q, k, cos, sin)
+    finally:
+        sys.setprofile(None)
+    assert any(name.endswith("ops.py") for name in files)
+    assert not any(name.endswith("_ops.py") for name in files)
+    torch.testing.assert_close(got, torch.ops.mhaffn.rope(q, k, cos, sin, False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from checks import poisoned
 from weights import random_weight
 
 from mhaffn.kernels import attention_decode, attention_prefill, ffn, quantized, reference, rmsnorm, rope
@@ -18,12 +19,8 @@ DTYPES = (torch.float32, torch.float16)
 TINY_PREFILL = {"BLOCK_M": 32, "BLOCK_N": 16, "STAGES": 1, "WARPS": 4}
 
 
-def poisoned(*size, **kwargs):
-    out = _empty(*size, **kwargs)
-    return out.fill_(float("nan")) if out.is_floating_point() else out
-
-
-_empty, torch.empty = torch.empty, poisoned
+_makers = torch.empty, torch.empty_like
+torch.empty, torch.empty_like = map(poisoned, _makers)
 
 
 def close(got: torch.Tensor, truth: torch.Tensor) -> None:
@@ -144,7 +141,7 @@ def check_model() -> None:
     import transformers  # isort: skip
 
     huggingface.check = lambda found: None  # the same in float32, on larger shapes
-    torch.empty = _empty  # transformers' own need not fill what they make
+    torch.empty, torch.empty_like = _makers  # transformers' own need not fill what they make
     for family in ("Llama", "Qwen3"):
         torch.manual_seed(0)
         config = getattr(transformers, f"{family}Config")(

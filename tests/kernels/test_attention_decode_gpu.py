@@ -7,6 +7,8 @@ import torch
 
 from mhaffn.kernels import library, reference
 
+from .checks import poison, relative_error
+
 pytestmark = pytest.mark.gpu
 HALVES = [torch.bfloat16, torch.float16]
 if torch.cuda.is_available():
@@ -40,20 +42,13 @@ def _poisoned_outputs(monkeypatch):
     if not nvrtc.available():
         pytest.skip("CuPy does not work here")
     torch.manual_seed(0)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).fill_(float("nan")))
+    poison(monkeypatch)
     with torch.no_grad():
         yield
 
 
 def randn(*shape, dtype, scale: float = 1.0):
     return (torch.randn(*shape, device="cuda") * scale).to(dtype)
-
-
-def relative_error(got, truth):
-    assert got.shape == truth.shape
-    assert torch.isfinite(got).all()
-    return ((got.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
 
 
 def run(q, k, v, lens=None, variant="table"):

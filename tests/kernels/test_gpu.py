@@ -8,6 +8,8 @@ import torch
 from mhaffn import ops
 from mhaffn.kernels import library, reference
 
+from .checks import poison, relative_error
+
 pytestmark = pytest.mark.gpu
 HALVES = [torch.bfloat16, torch.float16]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -23,13 +25,7 @@ def _poisoned_outputs(monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     torch.manual_seed(0)
-    empty = torch.empty
-
-    def poisoned(*size, **kwargs):
-        out = empty(*size, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    poison(monkeypatch)
     with torch.no_grad():
         yield
 
@@ -41,12 +37,6 @@ def up(*tensors):
 
 def randn(*shape, dtype, scale: float = 1.0):
     return (torch.randn(*shape, device="cuda") * scale).to(dtype)
-
-
-def relative_error(got, truth):
-    assert got.shape == truth.shape
-    assert torch.isfinite(got).all()
-    return ((got.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
 
 
 def assert_as_good_as(got, peer, truth):

@@ -9,6 +9,7 @@ from mhaffn import ops
 from mhaffn.kernels import library
 from mhaffn.quantized import dequantize
 
+from .checks import poison, relative_error
 from .weights import random_weight
 
 pytestmark = pytest.mark.gpu
@@ -43,21 +44,9 @@ def _poisoned_outputs(monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     torch.manual_seed(0)
-    empty = torch.empty
-
-    def poisoned(*size, **kwargs):
-        out = empty(*size, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    poison(monkeypatch)
     with torch.no_grad():
         yield
-
-
-def relative_error(got, truth):
-    assert got.shape == truth.shape
-    assert torch.isfinite(got).all()
-    return ((got.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
 
 
 def check(run, x, weights, truth_of):
