@@ -63,6 +63,8 @@ def _compare(peers: Mapping[str, Timed]) -> Comparison | None:
 def _timed(values: Mapping[str, Any]) -> Iterator[Timed]:
     if "benchmarks" in values:
         yield from _of_pytest(values)
+    elif values.get("bench") == "generate":
+        yield from _of_generate(values)
     elif "bench" in values:
         for row in values["rows"]:
             if "median_ms" in row:
@@ -77,6 +79,13 @@ def _of_pytest(values: Mapping[str, Any]) -> Iterator[Timed]:
         if "peer" in params:
             case = " ".join(str(params[name]) for name in ("shape", "width", "case") if name in params)
             yield Timed(machine, case, params["peer"], row["stats"]["median"] * 1e3, _share(extra))
+
+
+def _of_generate(values: Mapping[str, Any]) -> Iterator[Timed]:
+    for row in values["rows"]:
+        for phase in ("prefill", "step", "generate"):
+            machine, case = machine_name(values["environment"]), f"{values['width']} {phase}"
+            yield Timed(machine, case, row["implementation"], row[phase]["median_ms"])
 
 
 def _share(row: Mapping[str, Any]) -> float | None:
