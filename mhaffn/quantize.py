@@ -28,6 +28,8 @@ ROWS_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Elements worked on at once: on a CPU they and what is made of them stay in its caches."""
 WORKING_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
 FP8_MAX = 448.0
+SEARCH = 1
+"""Raised whenever the same matrix, importance and device come to give other bits: an unfinished pack names it."""
 
 Levels = Callable[[Tensor], Tensor]
 """Rounds ``w / scale`` to the nearest value that the format has."""

@@ -171,10 +171,26 @@ def _check_same(folder: Path, content: bytes, claimed: dict[str, Any], placement
             f"{folder} holds an unfinished pack whose scales were searched on {shown(found.get('device'))}, and would "
             f"go on on {shown(claimed['device'])}, which gives other bits. Go on as it began, or remove it."
         )
+    if differing == {"search"}:
+        begun = shown(found["search"]) if "search" in found else "an earlier one"
+        raise StoreError(
+            f"{folder} holds an unfinished pack whose scales were found by search {begun}, and would go on by "
+            f"{shown(claimed['search'])}, which may give other bits. Go on with the version that it began with, or "
+            f"remove it."
+        )
+    if differing == {"importance"}:
+        raise StoreError(
+            f"{folder} holds an unfinished pack whose scales were chosen {_calibrated(found)}, and would go on "
+            f"{_calibrated(claimed)}. Go on with the same --calibrate, on as many cores, or remove it."
+        )
     raise StoreError(
         f"{folder} holds an unfinished pack of another model, another dtype or other formats, or files that changed "
         f"since. Remove it, or finish that one."
     )
+
+
+def _calibrated(claimed: dict[str, Any]) -> str:
+    return f"by what a text makes of columns ({shown(claimed['importance'])})" if "importance" in claimed else "by none"
 
 
 def _described(claimed: dict[str, Any]) -> str:

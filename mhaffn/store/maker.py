@@ -72,7 +72,12 @@ class Maker:
         """What a pack in few bits depends on beside source and dtype, ready for JSON."""
         found: dict[str, object] = {"formats": self.formats.options()} if self.formats else {}
         if self._quantises:
-            found["device"] = self._device()
+            import torch
+
+            from mhaffn.quantize import SEARCH
+
+            # Sums of another torch may come in another order, and decide near ties otherwise.
+            found |= {"device": self._device(), "search": f"{SEARCH}, torch {torch.__version__}"}
         if self.importance:
             digest = xxhash.xxh3_64()
             for name in sorted(self.importance):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mhaffn.errors import ConfigError, CorruptFileError, MhaffnError, StoreError
 from mhaffn.formats import ALL_PLAIN, PLAIN, Format, Formats
 from mhaffn.quantize import quantize
 from mhaffn.quantized import Quantized, dequantize
-from mhaffn.store import Store, pack
+from mhaffn.store import PackProgress, Store, pack
 from mhaffn.store.format import FEW_BITS_INDEX_NAME, tensor_name
 from mhaffn.verify import verify
 
@@ -153,12 +154,62 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(
             pack(source, target, formats=other, device="cpu")
     with pytest.raises(StoreError, match="searched on 'cpu', and would go on on 'cuda'"):
         pack(source, target, formats=MIXED, device="cuda")
-    with pytest.raises(StoreError, match="unfinished pack of another"):
+    with pytest.raises(StoreError, match="chosen by none, and would go on by what a text makes"):
         pack(source, target, formats=MIXED, device="cpu", importance=lambda _: {W1: torch.ones(64)})
     pack(source, target, formats=MIXED, device="cpu")
     names = sorted(path.name for path in packed.iterdir())
     assert names == sorted(path.name for path in target.iterdir())
     assert all((packed / name).read_bytes() == (target / name).read_bytes() for name in names)
+
+
+def stop_at(file: str) -> Callable[[PackProgress], None]:
+    def stop(progress: PackProgress) -> None:
+        if progress.file == file:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_another_search_does_not_go_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this package or of another torch: its scales beside the earlier ones would be no pack's."""
+    target, other = tmp_path / "store", tmp_path / "other"
+
+    def go_on(progress: Callable[[PackProgress], None] = lambda _: None) -> Store:
+        return pack(source, target, formats=MIXED, device="cpu", ffn_dir=other, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(stop_at("layer-001-ffn.safetensors"))
+    begun = {path: path.read_bytes() for path in [*target.iterdir(), *other.iterdir()]}
+    for changed in ("mhaffn.quantize.SEARCH", "torch.__version__"):
+        with monkeypatch.context() as patched:
+            patched.setattr(changed, "999")
+            with pytest.raises(
+                StoreError, match=r"found by search .*, and would go on by .*999.*Go on with the version"
+            ):
+                go_on()
+    assert begun == {path: path.read_bytes() for path in [*target.iterdir(), *other.iterdir()]}
+    assert go_on().packed
+
+
+def test_a_pack_begun_before_searches_had_a_number_does_not_go_on(source: Path, tmp_path: Path) -> None:
+    formats, target = Formats.parse(ffn="int4:64"), tmp_path / "store"
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, target, formats=formats, progress=stop_at("layer-001-mha.safetensors"))
+    state = target / "mhaffn-pack.json"
+    values = json.loads(state.read_text())
+    del values["search"]
+    state.write_text(json.dumps(values, indent=1))
+    with pytest.raises(StoreError, match="found by search an earlier one, and would go on by"):
+        pack(source, target, formats=formats)
+
+
+def test_a_plain_pack_goes_on_whatever_the_search(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, tmp_path / "store", progress=stop_at("layer-001-mha.safetensors"))
+    monkeypatch.setattr("mhaffn.quantize.SEARCH", "999")
+    assert pack(source, tmp_path / "store").packed
 
 
 def test_the_importance_of_columns_changes_what_is_written(source: Path, tmp_path: Path) -> None:
@@ -174,17 +225,21 @@ def test_the_importance_of_columns_changes_what_is_written(source: Path, tmp_pat
 
 
 def test_what_a_calibrated_pack_is_told_to_go_on(source: Path, tmp_path: Path) -> None:
-    """The command cannot name the text, so it names none."""
-
-    def stop(progress: Any) -> None:
-        if progress.file == "layer-001-mha.safetensors":
-            raise KeyboardInterrupt
-
+    """The command cannot name the text, so it names none; another text does not go on."""
     formats, importance = Formats.parse(ffn="int4:64"), lambda _: {W1: torch.ones(64)}
     with pytest.raises(KeyboardInterrupt):
-        pack(source, tmp_path / "store", formats=formats, importance=importance, progress=stop)
+        pack(
+            source,
+            tmp_path / "store",
+            formats=formats,
+            importance=importance,
+            progress=stop_at("layer-001-mha.safetensors"),
+        )
     with pytest.raises(StoreError, match="Run the same `mhaffn pack` again"):
         Store.open(tmp_path / "store")
+    for other in ({W1: torch.ones(64).index_fill(0, torch.tensor(3), 2)}, {W1.replace("gate", "up"): torch.ones(64)}):
+        with pytest.raises(StoreError, match=r"what a text makes of columns .* Go on with the same --calibrate"):
+            pack(source, tmp_path / "store", formats=formats, importance=lambda _, other=other: other)  # type: ignore[misc]
     pack(source, tmp_path / "store", formats=formats, importance=importance)
 
 
