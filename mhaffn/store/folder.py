@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     from mhaffn.quantized import Quantized
 
+SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where AutoGPTQ and AutoAWQ said how they quantised before config.json had a quantization_config: names no method."""
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-NOT_SIDE_FILES = ("config.json", "*.index.json", manifest.NAME, manifest.UNFINISHED_NAME)
+NOT_SIDE_FILES = ("config.json", "*.index.json", manifest.NAME, manifest.UNFINISHED_NAME, *SETTINGS)
 _FETCH_AGAIN = "Fetch the model again."
 
 
@@ -32,6 +34,7 @@ class FolderSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._settings = path / "config.json"
         self._store = Store.open(path, any_dtype=True)
         self.config = self._store.config
         self._tensors = {t.name: t for s in self._store.sublayers.values() for t in s.tensors}
@@ -44,7 +47,9 @@ class FolderSource:
         return self._store.dtype
 
     def fingerprint(self) -> list[list[str | int]]:
-        paths = sorted({tensor.path for tensor in self._tensors.values()} | {str(self.path / "config.json")})
+        paths = sorted(
+            {tensor.path for tensor in self._tensors.values()} | {str(self.path / "config.json"), str(self._settings)}
+        )
         try:
             status = {path: Path(path).stat() for path in paths}
         except OSError as error:
@@ -87,16 +92,18 @@ class FolderSource:
 
 
 class QuantizedFolderSource(FolderSource):
-    """A Hugging Face folder with a quantization_config; layers it left alone are read as they are."""
+    """A Hugging Face folder quantised as ``config`` in ``settings`` says; layers left alone are read as they are."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settings: Path, config: object) -> None:
         self.path = path
+        self._settings = settings
         values = read_json_object(path / "config.json", ConfigError, _FETCH_AGAIN)
-        self._layout = _layout(path, values.pop("quantization_config"))
+        values.pop("quantization_config", None)
+        self._layout = _layout(settings, config)
         self._tensors = checkpoint_tensors(path)
         tied = bool(values.get("tie_word_embeddings")) and RESIDENT_NAMES["head"] not in self._tensors
-        config = ModelConfig.from_dict(values, where=str(path / "config.json"))
-        self.config = replace(config, tie_word_embeddings=tied)
+        model = ModelConfig.from_dict(values, where=str(path / "config.json"))
+        self.config = replace(model, tie_word_embeddings=tied)
         self._narrow = {}
         self._linears: dict[str, Linear] = {}
         suffixes = _by_module(self._tensors)
@@ -146,20 +153,32 @@ class QuantizedFolderSource(FolderSource):
 
     def config_values(self) -> dict[str, Any]:
         values = super().config_values()
-        del values["quantization_config"]
+        values.pop("quantization_config", None)
         return values
 
 
-def quantization(path: Path) -> object:
-    """The quantization_config in the folder's config.json; None where there is none, or it is a packed store's."""
+def quantization(path: Path) -> tuple[Path, object] | None:
+    """How the folder's weights are quantised, and the file that says so: config.json, or one of :data:`SETTINGS`.
+
+    None where no file says it, or it is a packed store.
+    """
     try:
         found = read_json_object(path / "config.json", ConfigError, _FETCH_AGAIN).get("quantization_config")
     except FileNotFoundError:
         return None
-    return None if found == FEW_BITS else found
+    if found == FEW_BITS or (path / manifest.NAME).exists():
+        return None
+    if found not in (None, {}):
+        return path / "config.json", found
+    for name, method in SETTINGS.items():
+        try:
+            return path / name, {"quant_method": method} | read_json_object(path / name, ConfigError, _FETCH_AGAIN)
+        except FileNotFoundError:
+            continue
+    return None
 
 
-def _layout(path: Path, config: object) -> Layout:
+def _layout(settings: Path, config: object) -> Layout:
     from mhaffn.store.awq import Awq
     from mhaffn.store.compressed_tensors import CompressedTensors
     from mhaffn.store.gptq import Gptq
@@ -171,13 +190,13 @@ def _layout(path: Path, config: object) -> Layout:
     if not isinstance(config, Mapping) or not isinstance(method, str) or method not in layouts:
         got = f"quant_method = {shown(method)}" if isinstance(config, Mapping) else shown(config)
         raise UnsupportedModelError(
-            f"{path / 'config.json'}: got quantization_config with {got}, expected one of {', '.join(layouts)}. "
+            f"{settings}: got quantization_config with {got}, expected one of {', '.join(layouts)}. "
             f"Pack the original model instead."
         )
     try:
         return layouts[method](config)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{path / 'config.json'}: {error}") from None
+        raise UnsupportedModelError(f"{settings}: {error}") from None
 
 
 def _by_module(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:

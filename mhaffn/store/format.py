@@ -178,6 +178,11 @@ def survey(folder: str | Path, *, any_dtype: bool = False) -> tuple[Store, dict[
             sublayers[sublayer] = _sublayer(checkpoint, config, sublayer)
         except (StoreError, TruncatedFileError) as error:
             damaged[sublayer.key] = error
+    if manifest is None and damaged and (packed := checkpoint.quantized()) is not None:
+        raise UnsupportedModelError(
+            f"{folder}: got a quantised tensor {shown(packed)}, expected floats. `mhaffn pack {folder} DST` keeps "
+            f"AWQ and GPTQ, where config.json, quantize_config.json or quant_config.json says how it is quantised."
+        )
     names = {
         tensor_name(sublayer, weight) + suffix
         for sublayer in order(config.num_layers)
@@ -250,6 +255,10 @@ class _Checkpoint:
             if error is not None:
                 raise error
         return dict(self._tensors)
+
+    def quantized(self) -> str | None:
+        """The name of a tensor that AWQ or GPTQ has instead of a weight; None where there is none."""
+        return next((name for name in self._tensors if name.endswith(".qweight")), None)
 
     def names(self, name: str) -> bool:
         """Whether there is, or should be, a tensor of that name."""

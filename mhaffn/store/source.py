@@ -60,7 +60,8 @@ def open_source(path: Path) -> Source:
         from mhaffn.store.gguf import GgufSource
 
         return GgufSource(path)
-    return QuantizedFolderSource(path) if quantization(path) else FolderSource(path)
+    quantized = quantization(path)
+    return FolderSource(path) if quantized is None else QuantizedFolderSource(path, *quantized)
 
 
 def tensors_by_file(config: ModelConfig) -> Iterator[tuple[str, str, dict[str, tuple[int, ...]]]]:

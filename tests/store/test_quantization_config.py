@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mhaffn.errors import CorruptFileError, MhaffnError, UnsupportedModelError
+from mhaffn.errors import ConfigError, CorruptFileError, MhaffnError, StoreError, UnsupportedModelError
+from mhaffn.formats import ALL_PLAIN, Formats
 from mhaffn.quantized import Quantized, dequantize
-from mhaffn.store import pack
+from mhaffn.store import PackProgress, Store, pack
 from mhaffn.store.source import open_source
+from tests.store.models import write_model
 from tests.store.test_quantized_sources import (
     AWQ,
     GPTQ,
@@ -423,3 +426,111 @@ def test_no_object_at_all(config: Any, tmp_path: Path) -> None:
     write(tmp_path, AWQ_4, config)
     with pytest.raises(UnsupportedModelError, match=r"quantization_config with .*expected one of awq"):
         open_source(tmp_path)
+
+
+OLD_GPTQ = {
+    "bits": 4, "group_size": 128, "damp_percent": 0.1, "desc_act": False, "static_groups": False, "sym": True,
+    "true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model",
+}  # fmt: skip
+OLD_AWQ = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
+GPTQ_FILE, AWQ_FILE = "quantize_config.json", "quant_config.json"
+
+
+def write_beside(folder: Path, packer: Packer, file: str, config: Any) -> dict[str, Tensor]:
+    """As checkpoints were before config.json had a quantization_config: ``config`` lies in ``file`` beside it."""
+    expected = write(folder, packer, {})
+    values = json.loads((folder / "config.json").read_text())
+    del values["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / file).write_text(config if isinstance(config, str) else json.dumps(config))
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("packer", "file", "config"),
+    [
+        (GPTQ_4, GPTQ_FILE, OLD_GPTQ),
+        (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"quant_method": "gptq", "is_marlin_format": False}),
+        (GPTQ_8, GPTQ_FILE, OLD_GPTQ | {"bits": 8}),
+        (GPTQ_ZEROS, GPTQ_FILE, OLD_GPTQ | {"sym": False}),
+        (AWQ_4, AWQ_FILE, OLD_AWQ),
+        (AWQ_4, AWQ_FILE, {}),
+    ],
+)
+def test_settings_beside_the_config(packer: Packer, file: str, config: dict[str, Any], tmp_path: Path) -> None:
+    expected = write_beside(tmp_path / "model", packer, file, config)
+    expect(tmp_path / "model", expected, format=f"int{config.get('bits', 4)}")
+    with pytest.raises(UnsupportedModelError, match=r"got a quantised tensor '.*qweight', .*`mhaffn pack .*model DST`"):
+        Store.open(tmp_path / "model")
+    plain = pack(tmp_path / "model", tmp_path / "plain", formats=ALL_PLAIN).path
+    assert not (plain / file).exists()
+    assert open_source(plain).format(MATRIX) is None
+    assert pack(plain, tmp_path / "again", formats=Formats.parse("int8", "int8")).packed
+
+
+REFUSED_BESIDE: list[tuple[Packer, str, Any, type[MhaffnError], str]] = [
+    (GPTQ_4, GPTQ_FILE, {}, UnsupportedModelError, "bits = None, expected 4 or 8"),
+    (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"bits": 3}, UnsupportedModelError, "bits = 3, expected 4 or 8"),
+    (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"bits": 8}, CorruptFileError, "4 bits, expected bits = 8"),
+    (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"group_size": 64}, CorruptFileError, "scales of 2 groups, expected 4"),
+    (GPTQ_ZEROS, GPTQ_FILE, OLD_GPTQ, CorruptFileError, "expected 8 everywhere, as sym = true says"),
+    (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"quant_method": "marlin"}, UnsupportedModelError, "quant_method = 'marlin'"),
+    (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"is_marlin_format": True}, UnsupportedModelError, "is_marlin_format = True"),
+    (GPTQ_4, GPTQ_FILE, "[]", ConfigError, "expected a JSON object"),
+    (GPTQ_4, GPTQ_FILE, "{", ConfigError, "not valid JSON"),
+    (GPTQ_4, AWQ_FILE, OLD_AWQ, UnsupportedModelError, "tensor 'g_idx', expected qweight"),
+    (AWQ_4, GPTQ_FILE, OLD_GPTQ, CorruptFileError, "qweight"),
+    (AWQ_4, AWQ_FILE, OLD_AWQ | {"version": "GEMV"}, UnsupportedModelError, "version = 'gemv', expected 'gemm'"),
+    (AWQ_4, AWQ_FILE, OLD_AWQ | {"q_group_size": 64}, CorruptFileError, "scales of 2 groups, expected 4"),
+    (AWQ_4, AWQ_FILE, OLD_AWQ | {"zero_point": False}, CorruptFileError, "as zero_point = false says"),
+]
+
+
+@pytest.mark.parametrize(("packer", "file", "config", "kind", "words"), REFUSED_BESIDE)
+def test_settings_beside_the_config_are_held_to_the_same(
+    packer: Packer, file: str, config: Any, kind: type[MhaffnError], words: str, tmp_path: Path
+) -> None:
+    write_beside(tmp_path, packer, file, config)
+    with pytest.raises(kind, match=words) as caught:
+        open_source(tmp_path).weight(MATRIX)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_the_config_counts_before_what_lies_beside_it(tmp_path: Path) -> None:
+    expected = write(tmp_path, GPTQ_4, GPTQ)
+    (tmp_path / GPTQ_FILE).write_text(json.dumps(OLD_GPTQ | {"bits": 8}))
+    (tmp_path / AWQ_FILE).write_text(json.dumps(OLD_AWQ))
+    expect(tmp_path, expected, format="int4")
+
+
+def test_settings_without_weights_that_they_are_for(tmp_path: Path) -> None:
+    """Left beside a model that was dequantised, or never quantised: it is read as it is."""
+    weights = write_model(tmp_path / "model", dtype=torch.float16)
+    (tmp_path / "model" / GPTQ_FILE).write_text(json.dumps(OLD_GPTQ))
+    assert Store.open(tmp_path / "model").dtype == "float16"
+    store = pack(tmp_path / "model", tmp_path / "packed")
+    found = load_file(store.path / "layer-001-ffn.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
+
+
+def test_quantised_tensors_that_nothing_tells_of(tmp_path: Path) -> None:
+    write_beside(tmp_path, GPTQ_4, GPTQ_FILE, OLD_GPTQ)
+    (tmp_path / GPTQ_FILE).unlink()
+    for read in (Store.open, open_source):
+        with pytest.raises(
+            UnsupportedModelError, match=r"qweight', expected floats.*quantize_config.json or quant_con"
+        ):
+            read(tmp_path)
+
+
+def test_settings_that_change_between_tries(tmp_path: Path) -> None:
+    def stop(progress: PackProgress) -> None:
+        if progress.file == "layer-001-mha.safetensors":
+            raise KeyboardInterrupt
+
+    write_beside(tmp_path / "model", GPTQ_4, GPTQ_FILE, OLD_GPTQ)
+    with pytest.raises(KeyboardInterrupt):
+        pack(tmp_path / "model", tmp_path / "packed", progress=stop)
+    (tmp_path / "model" / GPTQ_FILE).write_text(json.dumps(OLD_GPTQ | {"checkpoint_format": "gptq_v2", "sym": False}))
+    with pytest.raises(StoreError, match="files that changed since"):
+        pack(tmp_path / "model", tmp_path / "packed")
