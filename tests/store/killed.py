@@ -12,7 +12,9 @@ from typing import Any
 STEPS = ((os, "fsync"), (os, "rename"), (os, "unlink"), (os, "ftruncate"), (os, "symlink"), (os, "mkdir"))
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "safetensors.torch", "mhaffn.store"])
+_context.set_forkserver_preload(
+    ["torch", "safetensors.torch", "mhaffn.store", "mhaffn.calibrate", "transformers.models.llama.modeling_llama"]
+)
 
 
 def pack_and_die(source: Path, target: Path, step: int, **places: Any) -> bool:

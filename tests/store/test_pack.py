@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
+from mhaffn.calibrate import importance_of
 from mhaffn.config import order
 from mhaffn.errors import ConfigError, CorruptFileError, MhaffnError, StoreError
+from mhaffn.formats import Formats
 from mhaffn.store import PackProgress, Store, pack
 from mhaffn.store.safetensors import read_header
 from tests.store.killed import pack_and_die
 from tests.store.models import CONFIG, hashes, random_weights, write_model
+from tests.test_evaluate import with_tokenizer
 
 NAN_PATTERNS = torch.tensor([0x7FC1, 0xFFC2, 0x7F80, 0xFF80, 0x8000, 0x0001, 0x7FA1], dtype=torch.int32).to(
     torch.uint16
@@ -189,11 +194,23 @@ def test_progress_counts_up_to_the_whole(source: Path, tmp_path: Path) -> None:
     assert done[-1] >= sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors")) - 4096
 
 
-def check_killed(source: Path, folder: Path, steps: range, places: Callable[[Path], dict[str, Any]]) -> int:
-    """Kills a pack before each of ``steps``, goes on, and compares with one never killed; says how many died.
+Placing = Callable[[Path], dict[str, Any]]
+"""The placement, and other options, of a pack whose folders lie in the one given."""
 
-    ``places`` gives the placement of a pack whose folders lie in the one given.
-    """
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As in the process that is killed: another number may sum in another order, and calibrate to other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_killed(source: Path, folder: Path, steps: range, places: Placing) -> int:
+    """Kills a pack before each of ``steps``, goes on, and compares with one never killed; says how many died."""
     pack(source, folder / "whole" / "store", **places(folder / "whole"))
     expected, killed = hashes(folder / "whole"), 0
     for step in steps:
@@ -213,7 +230,7 @@ def check_killed(source: Path, folder: Path, steps: range, places: Callable[[Pat
     return killed
 
 
-PLACEMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+PLACEMENTS: dict[str, Placing] = {
     "together": lambda folder: {},
     "apart": lambda folder: {"mha_dir": folder / "a", "ffn_dir": folder / "b"},
     "striped": lambda folder: {"stripe": [folder / "a", folder / "store", folder / "b"]},
@@ -231,6 +248,34 @@ def test_a_killed_pack_goes_on_and_ends_the_same(places: str, source: Path, tmp_
 def test_a_pack_killed_anywhere_goes_on_and_ends_the_same(places: str, source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
     assert check_killed(source, tmp_path, range(400), PLACEMENTS[places]) >= 50
+
+
+def calibrated(folder: Path, placement: Placing) -> tuple[Path, Placing]:
+    """A source with a tokenizer, and packs of it in few bits whose scales are searched by what a text makes of them."""
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    write_model(folder / "model", dtype=torch.bfloat16, **widths)
+    source = with_tokenizer(folder / "model", folder / "source", [f"w{i}" for i in range(58)])
+    (folder / "text").write_text(" ".join(f"w{i * i % 58}" for i in range(80)))
+    options = {
+        "formats": Formats.parse(mha="int8", ffn="int4:64", layers=["1:ffn=int4:32:zeros"]), "device": "cpu",
+        "importance": partial(importance_of, text=folder / "text", device="cpu"),
+    }  # fmt: skip
+    return source, lambda target: placement(target) | options
+
+
+@pytest.mark.parametrize("places", PLACEMENTS)
+def test_a_calibrated_pack_in_few_bits_killed_goes_on_and_ends_the_same(places: str, tmp_path: Path) -> None:
+    source, placed = calibrated(tmp_path, PLACEMENTS[places])
+    with one_thread():
+        assert check_killed(source, tmp_path / "packs", range(3, 400, 29), placed) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("places", PLACEMENTS)
+def test_a_calibrated_pack_in_few_bits_killed_anywhere_goes_on_and_ends_the_same(places: str, tmp_path: Path) -> None:
+    source, placed = calibrated(tmp_path, PLACEMENTS[places])
+    with one_thread():
+        assert check_killed(source, tmp_path / "packs", range(400), placed) >= 70
 
 
 def test_a_pack_killed_again_and_again(source: Path, tmp_path: Path) -> None:
