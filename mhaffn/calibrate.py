@@ -1,4 +1,7 @@
-"""How much each column of a matrix matters: the mean square of what it multiplies when the model reads a text.
+"""How much each column of a matrix matters: the mean square of what it multiplies when the model reads something.
+
+A text tells most. Tokens drawn at random need none, and tell much of the same: the few channels that are hundreds of
+times as strong as the rest are strong whatever is read (``docs/quality.md``).
 
 Of a product ``w x`` an error ``e_j`` in column j adds ``e_j² x_j²``, so with the mean of ``x_j²`` the search of
 :mod:`mhaffn.quantize` makes the error of the output least, for inputs that do not correlate. The model is read from its
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ from mhaffn.store.source import Source
 
 TOKENS = 4096
 WINDOW = 512
-"""Tokens of a text that are read, and how many see each other."""
+"""Tokens that are read at most, and how many see each other."""
+RANDOM_TOKENS = 1024
 
 Progress = Callable[[int, int], None]
 
@@ -51,6 +55,16 @@ def importance_of(
     ids = tokenizer(content, return_tensors="pt", truncation=True, max_length=TOKENS)["input_ids"][0]
     if len(ids) < WINDOW // 8:
         raise ConfigError(f"{text}: got {len(ids)} tokens, expected at least {WINDOW // 8}: give a longer text")
+    return mean_squares(source, config, ids, choose_device(device), progress)
+
+
+def random_importance(
+    source: Source, *, device: str | None = None, progress: Progress = lambda done, total: None
+) -> dict[str, Tensor]:
+    """As :func:`importance_of`, of :data:`RANDOM_TOKENS` tokens that are drawn at random, always the same."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = _config_of(source, Path(scratch))
+    ids = torch.randint(source.config.vocab_size, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0))
     return mean_squares(source, config, ids, choose_device(device), progress)
 
 
@@ -119,19 +133,27 @@ def _ffn(h: Tensor, weights: _Weights) -> Tensor:
 
 def _transformers_of(source: Source) -> tuple[Any, Any]:
     """The tokenizer of a source, and its configuration."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as scratch:
-        for name, content in _files(source):
+        for name, content in source.side_files():
             (Path(scratch) / name).write_bytes(content)
+        config = _config_of(source, Path(scratch))
         try:
-            return AutoTokenizer.from_pretrained(scratch), AutoConfig.from_pretrained(scratch)
+            return AutoTokenizer.from_pretrained(scratch), config
         except Exception as error:  # transformers raises many kinds
             raise ConfigError(
-                f"{source.path}: transformers finds no tokenizer there ({error!r:.200}), which --calibrate needs"
+                f"{source.path}: transformers finds no tokenizer there ({error!r:.200}), which a text to calibrate "
+                f"with needs; `--calibrate random` does not"
             ) from error
 
 
-def _files(source: Source) -> Iterator[tuple[str, bytes]]:
-    yield from source.side_files()
-    yield "config.json", json.dumps(source.config_values()).encode()
+def _config_of(source: Source, scratch: Path) -> Any:
+    """transformers' configuration of a source, by way of a file in ``scratch``."""
+    from transformers import AutoConfig
+
+    (scratch / "config.json").write_text(json.dumps(source.config_values()), encoding="utf-8")
+    try:
+        return AutoConfig.from_pretrained(scratch)
+    except Exception as error:  # transformers raises many kinds
+        raise ConfigError(f"{source.path}: transformers cannot read its config.json ({error!r:.200})") from error

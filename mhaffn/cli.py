@@ -46,6 +46,9 @@ FormatOption = Annotated[
 ]
 DirectOption = Annotated[str, typer.Option(help="O_DIRECT, past the page cache: auto, on or off.")]
 
+RANDOM = Path("random")
+"""What ``--calibrate`` takes for no text; a file of that name is given by its whole path."""
+
 
 def main() -> None:
     """Entry point: errors of ours print one paragraph and exit with 2; ``--debug`` shows the traceback."""
@@ -81,6 +84,12 @@ def _writable(path: Path | None) -> Path | None:
         raise ConfigError(f"{path} cannot be written: {path.parent} is no folder")
     if path is not None and path.is_dir():
         raise ConfigError(f"{path} cannot be written: it is a folder; give the name of a file in it")
+    return path
+
+
+def _text_or_random(path: Path | None) -> Path | None:
+    if path is not None and path != RANDOM and not path.is_file():
+        raise ConfigError(f"got --calibrate {path}, expected a text file, or random for tokens drawn at random")
     return path
 
 
@@ -220,10 +229,9 @@ def pack(
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            help="Weigh errors by what each matrix multiplies when the model reads this text.",
+            metavar="FILE|random",
+            callback=_text_or_random,
+            help="Weigh errors by what each matrix multiplies when the model reads this text, or tokens at random.",
         ),
     ] = None,
     mha_dir: Annotated[
@@ -251,6 +259,10 @@ def pack(
 
     Fewer bytes are a faster pass. int4:64 gives 64 columns a scale, not 128; int4:64:zeros a zero point too.
 
+    Scales are searched. A text like yours, or tokens at random where there is none, tells what matters:
+
+        mhaffn pack SRC DST --ffn int4 --mha int8 --calibrate random
+
     Weights that are in few bits already stay so unless a format is given:
 
         mhaffn pack SRC DST --ffn int4 --mha int8 --layers 0-1=plain
@@ -269,10 +281,11 @@ def pack(
         formats = Formats.parse(mha, ffn, layers or ())
         importance = None
         if calibrate is not None:
-            from mhaffn.calibrate import importance_of
+            from mhaffn.calibrate import importance_of, random_importance
 
+            read = random_importance if calibrate == RANDOM else partial(importance_of, text=calibrate)
             importance = partial(
-                importance_of, text=calibrate,
+                read,
                 progress=lambda done, total: bar.update(task, description="calibrating", completed=done, total=total),
             )  # fmt: skip
         try:

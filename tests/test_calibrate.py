@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mhaffn.calibrate import WINDOW, importance_of, mean_squares
+from mhaffn.calibrate import RANDOM_TOKENS, WINDOW, importance_of, mean_squares, random_importance
 from mhaffn.cli import main
 from mhaffn.config import order
 from mhaffn.errors import ConfigError
-from mhaffn.formats import Format
+from mhaffn.formats import Format, Formats
 from mhaffn.quantize import quantize
 from mhaffn.quantized import dequantize
-from mhaffn.store import Store
+from mhaffn.store import Store, pack
 from mhaffn.store.format import tensor_name
 from mhaffn.store.source import open_source
 from tests.conftest import Model
@@ -113,6 +113,29 @@ def test_pack_takes_a_text(tiny_model: Model, tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(again[0][name], again[1][name]) for name in again[0])
 
 
+def test_tokens_at_random_need_no_tokenizer(tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model reads the same tokens every time; what they tell is what a pack from the command line is told."""
+    source = open_source(
+        tiny_model(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
+    )
+    ids = torch.randint(source.config.vocab_size, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0))
+    told = random_importance(source, device="cpu")
+    expected = mean_squares(source, AutoConfig.from_pretrained(source.path), ids, torch.device("cpu"))
+    assert told.keys() == expected.keys()
+    assert all(torch.equal(told[name], expected[name]) for name in told)
+    options = ("--ffn", "int4:64", "--calibrate", "random")
+    monkeypatch.setattr("mhaffn.calibrate.choose_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr("sys.argv", ["mhaffn", "pack", str(source.path), str(tmp_path / "store"), *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    given = pack(source.path, tmp_path / "given", formats=Formats.parse(ffn="int4:64"), importance=lambda _: told)
+    plain = pack(source.path, tmp_path / "plain", formats=Formats.parse(ffn="int4:64"))
+    for name in ("layer-000-ffn.safetensors", "layer-002-ffn.safetensors"):
+        assert (tmp_path / "store" / name).read_bytes() == (given.path / name).read_bytes()
+        assert (tmp_path / "store" / name).read_bytes() != (plain.path / name).read_bytes()
+
+
 def test_texts_that_tell_nothing(tiny_model: Model, tmp_path: Path) -> None:
     source = open_source(with_tokenizer(tiny_model(), tmp_path / "source"))
     write_text(tmp_path / "short", 20)
@@ -124,3 +147,12 @@ def test_texts_that_tell_nothing(tiny_model: Model, tmp_path: Path) -> None:
             importance_of(source, path)
     with pytest.raises(ConfigError, match="transformers finds no tokenizer"):
         importance_of(open_source(tiny_model()), tmp_path / "short")
+
+
+def test_a_config_that_transformers_cannot_read(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise KeyError("rope")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    with pytest.raises(ConfigError, match=r"transformers cannot read its config.json .*'rope'"):
+        random_importance(open_source(tiny_model()), device="cpu")
