@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mhaffn.calibrate import importance_of
+from mhaffn.calibrate import importance_of, random_importance
 from mhaffn.config import KINDS, Kind, order
 from mhaffn.demo import PACKAGE, fetch_gguf
 from mhaffn.evaluate import evaluate
@@ -53,7 +53,9 @@ OPTIONS = Options(device="cpu")
 TOLD = {
     "FFN `int4:64`, MHA `int8`": Formats.parse("int8", "int4:64"),
     **{f"`{name}`": Formats.parse(name, name) for name in ("int8", "int8:64", "int8:32", "int4:64", "int4:32")},
+    "MHA `int4:32`": Formats.parse("int4:32"),
 }
+TOLD_WAYS = ("searched", "random", "calibrated")
 BLUR = 0.03
 """Noise on a weight either way, of the widest of its 32: about a fourth of a 4-bit step, four 8-bit steps."""
 BLURRED_FORMATS = ("int8", "int8:64", "int8:32", "int4:64", "int4:32")
@@ -113,10 +115,11 @@ def opened(folder: Path) -> tuple[Store, Path]:
 
 
 def told_rows(reference: Store, text: Path, folder: Path) -> list[dict[str, Any]]:
-    """Formats packed without a calibration text, and with one."""
+    """Formats packed without what columns matter, with what random tokens tell of it, and with what a text does."""
     rows = []
+    ways = (None, random_importance, partial(importance_of, text=folder / "told.txt"))
     for name, formats in TOLD.items():
-        for way, importance in (("searched", None), ("calibrated", partial(importance_of, text=folder / "told.txt"))):
+        for way, importance in zip(TOLD_WAYS, ways, strict=True):
             with tempfile.TemporaryDirectory(dir=folder) as target:
                 store = pack(reference.path, Path(target) / way, formats=formats, importance=importance, device="cpu")
                 found = evaluate(store.path, text, reference=reference.path, context=CONTEXT, options=OPTIONS)
@@ -282,14 +285,15 @@ def blurred_table(values: dict[str, Any]) -> str:
 def told_table(values: dict[str, Any]) -> str:
     at = {(row["formats"], row["way"]): row for row in values["told"]}
     lines = [
-        "| format | KL, searched | calibrated | change | perplexity, searched | calibrated |",
-        "|---|---|---|---|---|---|",
+        "| format | KL, searched | random tokens | the story | perplexity, searched | random tokens | the story |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in TOLD:
-        searched, calibrated = (at[name, way] for way in ("searched", "calibrated"))
-        change = calibrated["kl"] / searched["kl"] - 1
-        divergences = f"{searched['kl']:.2e} | {calibrated['kl']:.2e} | {change:+.0%}"
-        lines.append(f"| {name} | {divergences} | {searched['perplexity']:.3f} | {calibrated['perplexity']:.3f} |")
+        rows = [at[name, way] for way in TOLD_WAYS]
+        cells = [f"{rows[0]['kl']:.2e}"]
+        cells += [f"{row['kl']:.2e} ({row['kl'] / rows[0]['kl'] - 1:+.0%})" for row in rows[1:]]
+        cells += [f"{row['perplexity']:.3f}" for row in rows]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
