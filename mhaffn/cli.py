@@ -572,10 +572,10 @@ def bench(
         found = compare_reports(first, second)
         Console(width=None if sys.stdout.isatty() else 120).print(render(first, second, found))
         for line in remarks(first, second, found):
-            console.print(line, highlight=False)
+            console.print(_escape(line), highlight=False)
         worse = regressions(found, fail_on_regression) if fail_on_regression is not None else []
         for item in worse:
-            console.print(f"[red]regression:[/] {item.name} {item.change:+.1%}", highlight=False)
+            console.print(f"[red]regression:[/] {_escape(item.name)} {item.change:+.1%}", highlight=False)
         raise typer.Exit(1 if worse else 0)
     language = next((known for known in LANGUAGES if known == lang), None)
     if language is None:

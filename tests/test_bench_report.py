@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import mhaffn.cli
 from mhaffn.bench import document, figures, files
-from mhaffn.bench.compare import Difference, compare, regressions, remarks
+from mhaffn.bench.compare import Difference, compare, regressions, remarks, render
 from mhaffn.bench.read import Report
 from mhaffn.bench.rounds import Measurement, schedule
 from mhaffn.bench.words import WORDS
@@ -217,7 +219,7 @@ def test_reports_of_different_things_are_not_compared(seed: dict[str, Any], tmp_
     with pytest.raises(ConfigError, match="tokens is 2048 and 512"):
         compare(Report(seed), Report(other))
     (tmp_path / "no.json").write_text("{}")
-    for path in (tmp_path / "no.json", tmp_path / "missing.json"):
+    for path in (tmp_path / "no.json", tmp_path / "missing.json", tmp_path, Path("/dev/zero")):
         with pytest.raises(ConfigError, match="report"):
             Report.read(path)
 
@@ -229,6 +231,9 @@ def test_reports_of_different_things_are_not_compared(seed: dict[str, Any], tmp_
         ("measured", {"ssd.mha": [[0.0]] * 4}), ("measured", {"ssd.mha": []}), ("measured", {"ssd.mha": [[]]}),
         ("measured", {"ssd.mha": "x"}), ("measured", {"ssd.mha": [["1"]]}), ("measured", {"ssd.mha": [[True]]}),
         ("measured", {"ssd.mha": [1.0]}), ("machine", []), ("settings", None), ("derived", 3),
+        ("machine", {}), ("settings", {}), ("config", {}), ("config", {"layers": 3}), ("config", None),
+        ("left_out", None), ("left_out", [3]), ("left_out", [{"what": ["noisy"], "why": ""}]), ("waited", None),
+        ("waited", {"ssd.mha": [1.0]}), ("waited", {"ssd.mha": ["x"]}), ("format", 2),
     ],
 )  # fmt: skip
 def test_a_damaged_report_is_refused(part: str, value: Any, seed: dict[str, Any], tmp_path: Path) -> None:
@@ -239,11 +244,43 @@ def test_a_damaged_report_is_refused(part: str, value: Any, seed: dict[str, Any]
         Report.read(path)
 
 
+def test_a_report_without_some_part_is_refused_or_compared(seed: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever is missing, and whatever looks like markup."""
+    path, good = tmp_path / "report.json", changed({"ssd.mha": 90.0})
+
+    def outcome(raw: dict[str, Any]) -> str:
+        path.write_text(json.dumps(raw))
+        try:
+            found = compare(Report.read(path), good)
+            remarks(good, Report.read(path), found)
+            Console(file=io.StringIO()).print(render(Report.read(path), good, found))
+        except ConfigError:
+            return "refused"
+        return "compared"
+
+    parts = [(part,) for part in seed]
+    parts += [(part, key) for part in ("machine", "settings", "config") for key in seed[part]]
+    for part, *keys in parts:
+        damaged = copy.deepcopy(seed)
+        del (damaged[part] if keys else damaged)[keys[0] if keys else part]
+        assert outcome(damaged) in ("refused", "compared")
+    marked = copy.deepcopy(seed)
+    marked["machine"]["commit"], marked["left_out"] = "[/]", [{"what": "noisy", "why": "[/]"}]
+    assert outcome(marked) == "compared"
+
+
+def test_other_disks_are_told(seed: dict[str, Any]) -> None:
+    second = report_of()
+    second["machine"]["disk"] = {"device": "/dev/loop0", "file_system": "ext4", "model": "a file on tmpfs"}
+    assert any("two different disks" in line for line in remarks(Report(seed), Report(second), []))
+
+
 def test_the_command_compares_and_fails_on_regressions(
     seed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
-    for path, raw in zip(paths, (seed, changed({"ssd.ffn": 129.01 * 1.3}).raw), strict=True):
+    second = changed({"ssd.ffn": 129.01 * 1.3}).raw | {"left_out": [{"what": "noisy", "why": "ssd [/] ±12%"}]}
+    for path, raw in zip(paths, (seed, second), strict=True):
         path.write_text(json.dumps(raw))
 
     def run(*arguments: object) -> tuple[int, str]:
@@ -254,7 +291,7 @@ def test_the_command_compares_and_fails_on_regressions(
         return int(stop.value.code or 0), out + err
 
     code, text = run()
-    assert code == 0 and "WORSE" in text and "+30.0%" in text
+    assert code == 0 and "WORSE" in text and "+30.0%" in text and "ssd [/] ±12%" in text
     code, text = run("--fail-on-regression", 10)
     assert code == 1 and "regression: ssd.ffn +30.0%" in text
     assert run("--fail-on-regression", 40)[0] == 0

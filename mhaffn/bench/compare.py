@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from mhaffn.bench import numbers as n
@@ -128,6 +129,8 @@ def remarks(first: Report, second: Report, found: Sequence[Difference]) -> list[
     lines = []
     if not same_machine(first, second):
         lines.append("two different machines: better and worse speak of the times alone, not of the code")
+    elif first.machine.get("disk") != second.machine.get("disk"):
+        lines.append("two different disks: what reads from them differs with them")
     for number, report in enumerate((first, second), 1):
         about = {item["what"]: item["why"] for item in report.raw["left_out"]}
         if "noisy" in about:
@@ -144,12 +147,13 @@ def remarks(first: Report, second: Report, found: Sequence[Difference]) -> list[
 def render(first: Report, second: Report, found: Sequence[Difference]) -> Table:
     """Side by side: values with their uncertainty, the change, and whether it is one."""
     names = [f"{report.machine['commit'] or 'run'} {report.machine['date'][:16]}" for report in (first, second)]
-    table = Table(title=f"{first.settings['shape']}: {names[0]} against {names[1]}", title_justify="left", box=None)
+    title = escape(f"{first.settings['shape']}: {names[0]} against {names[1]}")
+    table = Table(title=title, title_justify="left", box=None)
     for column in ("", "first", "second", "change", ""):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for item in found:
         sides = (_shown(item.name, side) for side in (item.first, item.second))
-        table.add_row(item.name, *sides, f"{item.change:+.1%}", MARKS[item.verdict])
+        table.add_row(escape(item.name), *sides, f"{item.change:+.1%}", MARKS[item.verdict])
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +12,20 @@ from typing import Any
 from mhaffn.bench.derive import Facts, layers_of, links_ms
 from mhaffn.config import ModelConfig
 from mhaffn.errors import ConfigError
-from mhaffn.files import shown
+from mhaffn.files import read_json_object, shown
 from mhaffn.samples import Figure, Rounds, Summary, summarise, values
 from mhaffn.trace import Phase
 
 FORMAT = 1
+
+
+NEEDED = {
+    "machine": ("cpu", "cores", "gpu", "commit", "date"),
+    "settings": ("shape", "tokens", "device", "rounds", "quick", "streamed_layers", "gpu_bytes", "dram_bytes"),
+    "derived": (),
+    "config": (),
+}
+"""Objects that every report has, with what they hold at least."""
 
 
 def _are_rounds(found: object) -> bool:
@@ -26,6 +34,51 @@ def _are_rounds(found: object) -> bool:
         return False
     flat = [sample for samples in found for sample in samples]
     return all(type(x) in (int, float) and 0 < x < math.inf for x in flat)
+
+
+def _are_remarks(found: object) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(item, dict) and isinstance(item.get("what"), str) and isinstance(item.get("why"), str)
+        for item in found
+    )
+
+
+def _are_waits(found: object) -> bool:
+    """Whether these are shares of the time, by measurement and round."""
+    return isinstance(found, dict) and all(
+        isinstance(shares, list) and all(type(x) in (int, float) and 0 <= x < 1 for x in shares)
+        for shares in found.values()
+    )
+
+
+def _refuse(path: Path, what: str, found: object, expected: str) -> None:
+    raise ConfigError(f"{path}: {what}: got {shown(found)}, expected {expected}")
+
+
+def _check(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raises :class:`ConfigError` for what the document or a comparison would stumble over."""
+    if raw.get("format") != FORMAT:
+        _refuse(path, "format", raw.get("format"), f"{FORMAT}, a report.json of `mhaffn bench`")
+    for name, keys in NEEDED.items():
+        if not isinstance(raw.get(name), dict):
+            _refuse(path, name, raw.get(name), "a JSON object")
+        if missing := [key for key in keys if key not in raw[name]]:
+            _refuse(path, name, raw[name], f"{', '.join(missing)} in it")
+    if not isinstance(raw["machine"]["date"], str):
+        _refuse(path, "date", raw["machine"]["date"], "a date as text")
+    try:
+        ModelConfig(**raw["config"])
+    except TypeError as error:
+        raise ConfigError(f"{path}: config: got {shown(raw['config'])}, expected a model's ({error})") from None
+    if not isinstance(raw.get("measured"), dict):
+        _refuse(path, "measured", raw.get("measured"), "a JSON object")
+    for name, rounds in raw["measured"].items():
+        if not _are_rounds(rounds):
+            _refuse(path, name, rounds, "rounds of samples above 0")
+    if not _are_remarks(raw.get("left_out")):
+        _refuse(path, "left_out", raw.get("left_out"), "a list of what was left out, and why")
+    if not _are_waits(raw.get("waited", {})):
+        _refuse(path, "waited", raw["waited"], "shares of the time below 1")
 
 
 @dataclass(frozen=True)
@@ -37,18 +90,12 @@ class Report:
     @staticmethod
     def read(path: Path) -> Report:
         """Raises :class:`ConfigError` for anything but a report of this format."""
+        advice = "Give a report.json of `mhaffn bench`."
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as a report of `mhaffn bench`: {error}") from error
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT or not isinstance(raw.get("measured"), dict):
-            raise ConfigError(f"{path}: expected a report.json of `mhaffn bench` in format {FORMAT}")
-        for name in ("machine", "settings", "derived"):
-            if not isinstance(raw.get(name), dict):
-                raise ConfigError(f"{path}: got {name} = {shown(raw.get(name))}, expected a JSON object")
-        for name, rounds in raw["measured"].items():
-            if not _are_rounds(rounds):
-                raise ConfigError(f"{path}: {name}: got {shown(rounds)}, expected rounds of samples above 0")
+            raw = read_json_object(path, ConfigError, advice)
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist. {advice}") from None
+        _check(path, raw)
         return Report(raw)
 
     @property
