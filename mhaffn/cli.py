@@ -577,16 +577,23 @@ def bench(
         for item in worse:
             console.print(f"[red]regression:[/] {_escape(item.name)} {item.change:+.1%}", highlight=False)
         raise typer.Exit(1 if worse else 0)
+    if fail_on_regression is not None:
+        raise ConfigError("--fail-on-regression goes with --compare A.json B.json, and got none")
     language = next((known for known in LANGUAGES if known == lang), None)
     if language is None:
         raise ConfigError(f"got --lang {lang}, expected one of {', '.join(LANGUAGES)}")
     session.shape_of(shape)  # what is wrong with it, before a folder is made
-    files.prepare(out)
     settings = session.Settings(
         shape=shape, quick=quick, seconds=seconds, tokens=tokens, layers=layers, gpu=gpu, dram=dram, device=device,
         folder=folder,
     )  # fmt: skip
-    for path in files.write(session.run(settings, console), out, language):
+    try:
+        with files.prepared(out):
+            written = files.write(session.run(settings, console), out, language)
+    except KeyboardInterrupt:
+        console.print("interrupted; what was written to be measured is removed", style="yellow")
+        raise typer.Exit(130) from None
+    for path in written:
         print(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
+import mhaffn.cli
 from mhaffn import ops
 from mhaffn.bench import document, files, session
 from mhaffn.bench.compare import compare, regressions, remarks
@@ -208,6 +210,7 @@ def test_being_stopped_leaves_nothing_behind(stop: signal.Signals, tmp_path: Pat
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + stop, errors
     assert "removed at the end" in errors and "Traceback" not in errors
+    assert "interrupted" in errors or stop != signal.SIGINT
     assert list(scratch.iterdir()) == []
 
 
@@ -234,11 +237,56 @@ def test_room_is_checked_before_anything_is_written(
     assert list(folder.iterdir()) == []
 
 
+def test_a_disk_that_fills_up_meanwhile_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(folder: Path, *_: Any, **__: Any) -> None:
+        (folder / "layer-000-ffn.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mhaffn.bench.session.write_random_model", fill)
+    with pytest.raises(StoreError, match=rf"{folder}: No space left on device while .* --folder"):
+        measure(folder)
+    assert list(folder.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written_is_named_first(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(ConfigError, match="--out"):
-        files.prepare(blocked / "out")
+    with pytest.raises(ConfigError, match="--out"), files.prepared(blocked / "out"):
+        pass
+
+
+def test_a_run_that_fails_leaves_no_empty_folder(tmp_path: Path) -> None:
+    new, own, kept = tmp_path / "new", tmp_path / "own", tmp_path / "kept"
+    own.mkdir()
+    for out in (new, own, kept):
+        with pytest.raises(KeyboardInterrupt), files.prepared(out):
+            if out == kept:
+                (out / "report.json").write_text("{}")
+            raise KeyboardInterrupt
+    assert not new.exists() and own.is_dir() and (kept / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "llama4"], "got shape llama4, expected llama3-70b, llama3-8b, seed, tiny, a model folder"),
+        (["--seconds", "inf"], "got --seconds inf"),
+        (["--fail-on-regression", "5"], "--fail-on-regression goes with --compare"),
+        (["--lang", "fr"], "got --lang fr, expected one of en, zh"),
+        (["--dram", "banana"], "got 'banana' as a size"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_a_folder_is_made(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    command = ["mhaffn", "bench", "--shape", "tiny", "--device", "cpu", "--folder", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*command, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        mhaffn.cli.main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_folder_is_measured_by_its_config_alone(folder: Path, tmp_path: Path, one_thread: None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,13 @@ from mhaffn.bench.words import Language
 from mhaffn.errors import ConfigError
 
 
-def prepare(folder: Path) -> None:
-    """Makes the folder before long work, not after it; raises :class:`ConfigError`."""
+@contextmanager
+def prepared(folder: Path) -> Iterator[None]:
+    """Makes the folder before long work, not after it, and takes it away again where the work fails.
+
+    Raises :class:`ConfigError`.
+    """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / ".mhaffn-writable"
@@ -20,6 +27,13 @@ def prepare(folder: Path) -> None:
         trial.unlink()
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}. Give another folder with --out.") from error
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):  # what is in it was written for somebody
+                folder.rmdir()
+        raise
 
 
 def write(raw: dict[str, Any], folder: Path, language: Language) -> list[Path]:

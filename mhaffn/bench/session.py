@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -24,7 +25,7 @@ from mhaffn.bench.rounds import Measurement, Schedule, repeat, schedule, take, w
 from mhaffn.budget import free_dram, free_gpu, resolve_budget
 from mhaffn.config import KINDS, ModelConfig, format_bytes
 from mhaffn.device import choose_device, memory_errors
-from mhaffn.errors import ConfigError
+from mhaffn.errors import ConfigError, StoreError
 from mhaffn.forecast import PHASES
 from mhaffn.machine import describe
 from mhaffn.random_model import SHAPES, write_random_model
@@ -64,7 +65,11 @@ class Settings:
 
 def shape_of(name: str) -> ModelConfig:
     """A shape by name, or that of a model folder or hub id, of which only config.json is read."""
-    return SHAPES[name] if name in SHAPES else ModelConfig.from_folder(resolve(name))
+    if name in SHAPES:
+        return SHAPES[name]
+    if "/" not in name and not Path(name).exists():
+        raise ConfigError(f"got shape {name}, expected {', '.join(SHAPES)}, a model folder or a hub id (org/name)")
+    return ModelConfig.from_folder(resolve(name))
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:
@@ -74,6 +79,8 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     reading and computing raise.
     """
     device = choose_device(settings.device)
+    if not math.isfinite(settings.measuring_s):
+        raise ConfigError(f"got --seconds {settings.measuring_s}, expected how long to measure")
     config = shape_of(settings.shape)
     watch = memory.Watch(device)
     gpu = resolve_budget(settings.gpu, lambda: free_gpu(device)) if device.type == "cuda" else None
@@ -140,7 +147,13 @@ class _Bench:
         if self.needs.whole is None:
             self.leave_out("whole_layer_passes_memory")
         folder = stack.enter_context(workplace.scratch(self.settings.folder))
-        self._write(folder, written)
+        try:
+            self._write(folder, written)
+        except OSError as error:
+            raise StoreError(
+                f"{self.settings.folder}: {error.strerror} while random weights were written; they are removed again. "
+                f"Give a folder on another disk with --folder."
+            ) from error
         return folder
 
     def _affordable(self, wanted: int) -> int:
