@@ -132,8 +132,8 @@ class Jit:
             if found is None:
                 compiled = self.kernel[grid](*tensors, *map(float, floats), *integers, **options)
                 if compiled is not None:  # Triton's interpreter compiles nothing
-                    constants = (options[parameter.name] for parameter in self.kernel.params if parameter.is_constexpr)
-                    self._compiled[kinds] = compiled, tuple(constants)
+                    names = (parameter.name for parameter in self.kernel.params if parameter.is_constexpr)
+                    self._compiled[kinds] = compiled, tuple(options[name] for name in names)
                 return
             if len(self._recent) >= RECENT:
                 self._recent.clear()
