@@ -19,7 +19,7 @@ from mhaffn.bench import document, figures, files
 from mhaffn.bench.compare import Difference, compare, regressions, remarks, render
 from mhaffn.bench.read import Report
 from mhaffn.bench.rounds import Measurement, schedule
-from mhaffn.bench.words import WORDS
+from mhaffn.bench.words import WORDS, Words
 from mhaffn.errors import ConfigError
 from mhaffn.samples import BETWEEN_RUNS, figure, summarise
 from tests.bench_reports import SEED_MS, check_derived, report_of
@@ -125,6 +125,16 @@ def test_the_document_follows_the_order_such_measurements_are_read_in(seed: dict
         assert piece in text
 
 
+def test_nothing_is_said_of_no_rounds_or_no_layers(seed: dict[str, Any]) -> None:
+    """Where no round is left out of an interval, and where one compute hides a transfer."""
+    text, few = document.write(seed, "en", figures.NAMES), document.write(report_of(rounds=4), "en", [])
+    assert "over all rounds but the 2 lowest and as many of the highest, and" in text and "over all rounds, and" in few
+    assert "**MHA**: one transfer takes less time than one of its own computes" in text
+    assert "**FFN**: one transfer takes as long as 5 of its own computes" in text
+    for name in figures.NAMES:
+        assert "\n\n![" in text[: text.index(f"({name}.png)")].rpartition("]")[0][-80:], "a paragraph of its own"
+
+
 def test_the_published_width_stands_beside_the_measured_one(seed: dict[str, Any]) -> None:
     """F 28672 instead of 12288: by hand, all from SSD, which the links bound."""
     rows = {name: found[0] for name, found in seed["outlook"].items()}
@@ -150,9 +160,9 @@ def test_what_to_change_follows_from_the_times() -> None:
     for item in raw["outlook"]["memory"]:
         item["gain"] = {"prefill": 1.0, "decode": 3.25 if item["name"] == "SSD twice as fast" else 1.0}
     text = document.write(raw, "en", [])
-    assert "decode: of what mhaffn can do today, most help: SSD twice as fast, 3.25×." in text
+    assert "decode: of what mhaffn can do today, this helps most: SSD twice as fast, 3.25×." in text
     assert "Within memory: prefill: none of the changes" in text
-    assert "All from SSD: prefill: of what mhaffn can do today, most help:" in text
+    assert "All from SSD: prefill: of what mhaffn can do today, this helps most:" in text
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -162,6 +172,35 @@ def test_figures_are_drawn(seed: dict[str, Any], language: Any, tmp_path: Path) 
     for name in names:
         content = (tmp_path / f"{name}.png").read_bytes()
         assert content[:4] == b"\x89PNG" and len(content) > 10_000
+
+
+@pytest.mark.parametrize("slower", [1, 400])
+def test_what_a_figure_says_lies_where_it_belongs(slower: int) -> None:
+    """On a machine that reaches its roofs, and on one that comes nowhere near."""
+    times = {name: ms * (slower if name.startswith("compute") else 1) for name, ms in SEED_MS.items()}
+    report, words = Report(report_of(times | {"ssd.mha": 40.0, "h2d.ffn": 43.0})), Words("en")
+    roofline = figures._roofline(report, words)
+    roofline.draw_without_rendering()
+    (axis,) = roofline.axes
+    inside = axis.get_window_extent()
+    assert len(axis.texts) == 6
+    assert all(inside.y0 < text.get_window_extent().y0 < inside.y1 for text in axis.texts)
+    shares = figures._shares(report, words)
+    shares.draw_without_rendering()
+    for axis in shares.axes:
+        bars = [bar.get_window_extent() for bar in axis.patches]
+        for label in (text.get_window_extent() for text in axis.texts):
+            assert any(bar.x0 <= label.x0 and label.x1 <= bar.x1 for bar in bars)
+
+
+def test_a_timeline_says_how_long_each_link_was_at_work(seed: dict[str, Any]) -> None:
+    drawn = figures._timelines(Report(seed), Words("en"))
+    serial, executed = ([label.get_text() for label in axis.get_yticklabels()] for axis in drawn.axes[2:])
+    assert serial == ["SSD → pinned: 193.24 ms", "pinned → GPU: 20.28 ms", "compute: 2.25 ms"]
+    layers = {"SSD → pinned": 4 * 193.24, "pinned → GPU": 4 * 20.28, "compute": 4 * 2.25}
+    assert executed == [f"{name}: {ms:.2f} ms" for name, ms in layers.items()]
+    short = [bar for bar in drawn.axes[2].collections if bar.get_paths()[0].get_extents().width < 2]
+    assert len(short) == 2 and all(bar.get_linewidth() == 0 for bar in short), "an edge would hide what is so thin"
 
 
 def test_without_matplotlib_the_document_says_so(

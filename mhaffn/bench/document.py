@@ -55,10 +55,11 @@ def _environment(report: Report, words: Words) -> Iterator[str]:
         kv_heads=config.num_kv_heads, head_dim=config.head_dim, layers=config.num_layers,
     )  # fmt: skip
     yield f"- **{words('model')}**: {model}"
+    cut = trimmed(settings["rounds"])
     method = words(
         "method_line",
         rounds=settings["rounds"],
-        trimmed=trimmed(settings["rounds"]),
+        trimmed=words("trimmed", count=cut) if cut else "",
         floor=f"{BETWEEN_RUNS:.0%}",
         streamed=settings["streamed_layers"],
     )
@@ -115,7 +116,7 @@ def _compute(report: Report, words: Words, shown: dict[str, str]) -> Iterator[st
     yield from table(["", "MHA", "FFN", words("whole_layer")], rows)
     for name in ("shares", "roofline"):
         if name in shown:
-            yield shown[name]
+            yield f"\n{shown[name]}"
 
 
 def _compute_table(report: Report, words: Words, phase: Phase) -> list[str]:
@@ -250,7 +251,8 @@ def _prefetch(report: Report, words: Words, phase: Phase) -> Iterator[str]:
     for kind in KINDS:
         count = round(report.derived(f"{phase}.prefetch.{kind}").value)
         most = max(most, count)
-        yield words("prefetch_line", kind=f"**{kind.upper()}**", count=count)
+        hidden = report.derived(f"{phase}.wait.{kind}").value == 0
+        yield words("prefetch_hidden" if hidden else "prefetch_line", kind=f"**{kind.upper()}**", count=count)
     if most > report.config.num_layers:
         yield words("prefetch_beyond", count=most, layers=report.config.num_layers)
     ring = report.raw["rings"]["split"]

@@ -14,7 +14,7 @@ from typing import Any
 from mhaffn.bench import numbers as n
 from mhaffn.bench.read import Report
 from mhaffn.bench.words import Language, Words
-from mhaffn.config import KINDS
+from mhaffn.config import KINDS, Kind
 from mhaffn.forecast import PHASES
 from mhaffn.trace import Phase
 
@@ -135,12 +135,17 @@ def _part(axis: Any, y: float, left: float, share: float, label: str, colour: st
     if share <= 0:
         return
     axis.barh(y, share, left=left, color=colour, hatch=hatch, edgecolor="white", height=0.72)
-    if share > 0.07:
-        text = f"{label}\n{share:.1%}" if share > 0.11 else f"{share:.0%}"
+    text = f"{label}\n{share:.1%}" if share > _width(label) else f"{share:.0%}"
+    if share > _width(text.rpartition("\n")[2]):
         axis.text(
             left + share / 2, y, text, ha="center", va="center", fontsize=7,
             bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.2},
         )  # fmt: skip
+
+
+def _width(text: str) -> float:
+    """Of the axis that a label of :func:`_shares` takes, at most; Chinese characters are twice as wide."""
+    return 0.012 + 0.0095 * sum(2 if ord(letter) > 0x2E80 else 1 for letter in text)
 
 
 def _io(report: Report, words: Words) -> Any:
@@ -181,20 +186,20 @@ def _timelines(report: Report, words: Words) -> Any:
 
 def _serial(axis: Any, report: Report, words: Words, phase: Phase) -> None:
     lanes = _lanes(report)
-    at = 0.0
+    busy = dict.fromkeys(lanes, 0.0)
+    steps: list[tuple[str, Kind, float]] = []
     for kind in KINDS:
-        for link in ("ssd", "h2d", "compute"):
-            if link not in lanes:
-                continue
+        for link in lanes:
             ms = report.values[f"compute.{phase}.{kind}" if link == "compute" else f"{link}.{kind}"]
-            axis.broken_barh(
-                [(at, ms)], (lanes.index(link) - 0.4, 0.8), facecolor=COLOURS[kind], hatch=HATCHES[kind],
-                edgecolor="white",
-            )  # fmt: skip
-            at += ms
+            steps.append((link, kind, ms))
+            busy[link] += ms
+    total, at = sum(busy.values()), 0.0
+    for link, kind, ms in steps:
+        _span(axis, lanes.index(link), kind, at, max(ms, total * THINNEST), total)
+        at += ms
     bound = report.derived(f"{phase}.bound").value
-    title = f"{_phase(words, report, phase)}, {words('f.serial')}: {n.ms(at)}; {words('f.bound')}: {n.ms(bound)}"
-    _finish(axis, words, lanes, at, title)
+    title = f"{_phase(words, report, phase)}, {words('f.serial')}: {n.ms(total)}; {words('f.bound')}: {n.ms(bound)}"
+    _finish(axis, words, busy, total, title)
     axis.axvline(bound, color=GREY, ls="--", lw=1.2)
 
 
@@ -205,26 +210,35 @@ def _executed(axis: Any, report: Report, words: Words, phase: Phase) -> None:
         axis.set_axis_off()
         return
     window, layers = line["window_ms"], report.settings["streamed_layers"]
+    busy = dict.fromkeys(lanes, 0.0)
     for link, own in LANES.items():
         spans = sorted((start, end, key) for lane, key, start, end in line["spans"] if lane in own)
         starts = [*(start for start, *_ in spans[1:]), math.inf]
+        done = 0.0
         for (start, end, key), following in zip(spans, starts, strict=False):
             kind, width = key.partition(".")[2], end - start
+            busy[link] += max(0.0, end - max(start, done))
+            done = max(done, end)
             if following - end > 4 * window * THINNEST:  # else a lane would look busier than it was
                 width = max(width, window * THINNEST)
-            wide = {"hatch": HATCHES[kind], "edgecolor": "white", "linewidth": 0.4}
-            edge = wide if width > window * 0.01 else {"linewidth": 0}
-            axis.broken_barh([(start, width)], (lanes.index(link) - 0.4, 0.8), facecolor=COLOURS[kind], **edge)
+            _span(axis, lanes.index(link), kind, start, width, window)
     title = f"{words('f.executed', layers=layers)}: {n.ms(window)}, {layers} × {n.ms(window / layers)}"
-    _finish(axis, words, lanes, window, f"{_phase(words, report, phase)}, {title}")
+    _finish(axis, words, busy, window, f"{_phase(words, report, phase)}, {title}")
+
+
+def _span(axis: Any, lane: int, kind: Kind, start: float, width: float, window: float) -> None:
+    wide: dict[str, Any] = {"hatch": HATCHES[kind], "edgecolor": "white", "linewidth": 0.4}
+    edge = wide if width > window * 0.01 else {"linewidth": 0}
+    axis.broken_barh([(start, width)], (lane - 0.4, 0.8), facecolor=COLOURS[kind], **edge)
 
 
 def _lanes(report: Report) -> list[str]:
     return [link for link in ("ssd", "h2d", "compute") if link == "compute" or report.has(f"{link}.mha")]
 
 
-def _finish(axis: Any, words: Words, lanes: list[str], end: float, title: str) -> None:
-    axis.set_yticks(range(len(lanes)), [words(f"link.{link}") for link in lanes])
+def _finish(axis: Any, words: Words, busy: Mapping[str, float], end: float, title: str) -> None:
+    """``busy``: milliseconds that each lane was at work."""
+    axis.set_yticks(range(len(busy)), [f"{words('link.' + link)}: {n.ms(ms)}" for link, ms in busy.items()], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, end)
     axis.set_xlabel(words("f.ms"), fontsize=8)
@@ -245,10 +259,10 @@ def _roofline(report: Report, words: Words) -> Any:
             intensity = report.facts.flops(phase, kind) / report.facts.bytes_read(kind)
             points.append((intensity, rate.value))
             reached = rate.value / min(roofs["matmul"], intensity * roofs["memory"])
-            side, shift = ("right", -30) if intensity > RIGHT_OF else ("left", 30)
+            side, shift = ("right", -14) if intensity > RIGHT_OF else ("left", 30)
             axis.annotate(  # below the roof, and apart from the other's, which may lie in the same place
-                f"{kind.upper()} {phase}: {reached:.0%}", (intensity, rate.value), ha=side, va="center", fontsize=8,
-                xytext=(shift, -14 if kind == higher else -27), textcoords="offset points",
+                f"{kind.upper()} {phase}: {n.share(reached)}", (intensity, rate.value), ha=side, va="center",
+                fontsize=8, xytext=(shift, -14 if kind == higher else -27), textcoords="offset points",
                 arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "relpos": (float(shift < 0), 0.5)},
             )  # fmt: skip
             axis.errorbar(
@@ -264,10 +278,13 @@ def _roofline(report: Report, words: Words) -> Any:
     )  # fmt: skip
     axis.annotate(
         f"{words('roof.memory')}: {n.rate(report.summary('roof.memory').figure)}", (low, low * roofs["memory"]),
-        ha="left", va="bottom", fontsize=8, xytext=(14, -2), textcoords="offset points",
+        ha="left", va="top", fontsize=8, xytext=(4, -5), textcoords="offset points",
     )  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")
+    lowest = min(*(y for _, y in points), low * roofs["memory"])
+    decades = math.log10(roofs["matmul"] / lowest)
+    axis.set_ylim(lowest / 10 ** (0.2 * decades), roofs["matmul"] * 10 ** (0.1 * decades))  # labels lie inside
     axis.set_xlabel(words("f.intensity"))
     axis.set_ylabel(words("f.flops"))
     axis.grid(True, which="major", lw=0.3, color="#bbbbbb")

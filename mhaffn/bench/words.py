@@ -24,13 +24,14 @@ WORDS: dict[str, tuple[str, str]] = {
     "method": ("Method", "方法"),
     "method_line": (
         "{rounds} rounds, in each everything measured once more by turns, after a warm-up. A figure is the median of "
-        "the rounds' medians (a roof: the highest rate seen); ± reaches over all rounds but the {trimmed} lowest and "
-        "highest, and at least {floor}, since what changes between runs does not show in one. Every sample is in "
-        "report.json. Executed passes stream {streamed} layers, all from SSD. GiB = 2^30 bytes.",
+        "the rounds' medians (a roof: the highest rate seen); ± reaches over all rounds{trimmed}, and at least "
+        "{floor}, since what changes between runs does not show in one. Every sample is in report.json. Executed "
+        "passes stream {streamed} layers, all from SSD. GiB = 2^30 bytes.",
         "共 {rounds} 轮，预热之后每轮轮流测量所有项目。每个数值是各轮中位数的中位数（上限：见到的最高速度）；"
-        "± 覆盖除最低和最高各 {trimmed} 轮以外的所有轮次，且至少 {floor}，因为多次运行之间的变化在一次运行内看不到。"
+        "± 覆盖{trimmed}所有轮次，且至少 {floor}，因为多次运行之间的变化在一次运行内看不到。"
         "所有样本都在 report.json 中。实际执行的流水线流式读取 {streamed} 层，全部来自 SSD。GiB = 2^30 字节。",
     ),
+    "trimmed": (" but the {count} lowest and as many of the highest", "除最低和最高各 {count} 轮以外的"),
     "memory_line": (
         "Memory: host at most {dram} of {dram_needed} said before{gpu}",
         "内存：主机最多 {dram}，事先声明 {dram_needed}{gpu}",
@@ -124,6 +125,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "have to start as many layers ahead.",
         "{kind}：一次传输相当于 {count} 次自身计算；若只靠自身计算来隐藏，需要提前同样多的层数开始。",
     ),
+    "prefetch_hidden": (
+        "{kind}: one transfer takes less time than one of its own computes, which hides it.",
+        "{kind}：一次传输短于一次自身计算，可以被它隐藏。",
+    ),
     "prefetch_beyond": (
         "{count} layers ahead, in a model of {layers}: no prefetch hides it, the link itself is the bound.",
         "提前 {count} 层，而模型共 {layers} 层：预取无法隐藏，瓶颈就是该环节本身。",
@@ -152,8 +157,9 @@ WORDS: dict[str, tuple[str, str]] = {
     "changes": ("What to change: predicted for all {layers} layers", "优化建议：对全部 {layers} 层的预测"),
     "changes_line": (
         "Simulated with the measured times, each change by itself; a gain is against the first row of its table, and "
-        "as sure as the times it is made of.",
-        "用测得的时间模拟，每项改动单独计算；提升相对于各表第一行，其可靠性取决于所用的测量值。",
+        "as sure as the times it is made of. Compute in few bits counts as measured in bf16.",
+        "用测得的时间模拟，每项改动单独计算；提升相对于各表第一行，其可靠性取决于所用的测量值。"
+        "低位宽的计算时间按 bf16 的实测值计。",
     ),
     "situation.ssd": ("As measured: all weights on SSD", "与测量时相同：全部权重在 SSD 上"),
     "situation.memory": ("Weights in {memory} as far as they fit", "权重尽量放入 {memory}"),
@@ -208,7 +214,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "{phase}：将权重尽量放在本机内存中而不是全部在 SSD 上：每遍 {seconds} s，而不是 {ssd_seconds} s，{gain}。",
     ),
     "most_help": (
-        "{phase}: of what mhaffn can do today, most help: {name}, {gain}.",
+        "{phase}: of what mhaffn can do today, this helps most: {name}, {gain}.",
         "{phase}：在 mhaffn 目前能做的改动中，最有效的是 {name}，{gain}。",
     ),
     "no_help": (
@@ -277,7 +283,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "f.shares": ("Who computes, and who takes the time", "计算与时间的构成"),
     "f.io": ("I/O against compute, by sublayer", "各子层的 IO 与计算"),
     "f.timelines": ("One after the other, and as executed", "串行与实际执行"),
-    "f.roofline": ("How close to this machine's roofs", "与本机上限的距离"),
+    "f.roofline": ("Share reached of this machine's roofs", "达到本机上限的比例"),
     "f.compute_share": ("share of compute", "计算占比"),
     "f.serial_share": ("share of serial time", "串行时间占比"),
     "f.ms": ("milliseconds", "毫秒"),
