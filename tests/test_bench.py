@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +79,17 @@ def test_a_run_says_what_it_did_and_what_it_left_out(first: dict[str, Any], tmp_
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "there is no GPU here" in text and "--quick" in text
     assert numbers(text) == numbers(document.write(Report.read(tmp_path / "report.json").raw, "zh", ["io"]))
+
+
+def test_a_run_shows_how_far_it_is_with_the_time_left(one_thread: None, folder: Path) -> None:
+    """Of everything that takes long: writing, warming up, measuring."""
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=120, color_system=None)
+    raw = session.run(replace(SETTINGS, folder=folder, seconds=1.0), console)
+    text = shown.getvalue()
+    assert "writing random weights" in text and "warming up: " in text
+    assert re.search(rf"measuring in {raw['settings']['rounds']} rounds, about \d+ s\n", text)
+    assert re.search(r"\d+% \d+ s left, round \d+ of \d+: ", text)
 
 
 def test_derived_figures_are_those_of_the_samples(first: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ ROOF_FILE_BYTES = 256 << 20
 LEAST_TOKENS = 64
 NOISY = 0.10
 BUSY = 0.05
+Advance = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,12 @@ class _Bench:
         links = stack.enter_context(open_links(store, self.device))
         measurements = self._roofs(stack, folder) + self._links(links)
         measurements += self._compute_measurements(links)
-        costs = [(measurement, warm_up(measurement)) for measurement in measurements]
-        executed = self._executed(stack, store, costs)
+        costs: list[tuple[Measurement, float]] = []
+        with _bar(self.console, len(measurements) + 2 * len(PHASES)) as advance:
+            self._warm_up(measurements, costs, advance)
+            executed = self._executed(stack, store, costs, advance)
         plan = schedule(costs, self.settings.measuring_s, ROUNDS, LEAST_ROUNDS)
+        self.say(f"measuring in {plan.rounds} rounds, about {plan.expected_s:.0f} s")
         if plan.rounds < ROUNDS:
             self.leave_out("fewer_rounds", f"{plan.rounds}/{ROUNDS}")
         measured = self._rounds(plan)
@@ -235,7 +239,18 @@ class _Bench:
             self.leave_out(what, why)
         return measurements
 
-    def _executed(self, stack: ExitStack, store: Store, costs: list[tuple[Measurement, float]]) -> dict[str, Executed]:
+    def _warm_up(
+        self, measurements: list[Measurement], costs: list[tuple[Measurement, float]], advance: Advance
+    ) -> None:
+        """Adds each with the seconds that a sample takes."""
+        for measurement in measurements:
+            advance(f"warming up: {measurement.name}", 0)
+            costs.append((measurement, warm_up(measurement)))
+            advance("", 1)
+
+    def _executed(
+        self, stack: ExitStack, store: Store, costs: list[tuple[Measurement, float]], advance: Advance
+    ) -> dict[str, Executed]:
         """Opens the streams whose passes fit the time, and adds what they measure."""
         found: dict[str, Executed] = {}
         for granularity, plan in (("split", self.needs.split), ("whole", self.needs.whole)):
@@ -247,7 +262,7 @@ class _Bench:
                 continue
             opened = Executed.open(store, plan, self.tokens, self.device, whole=granularity == "whole")
             stack.callback(opened.close)
-            costs += [(measurement, warm_up(measurement)) for measurement in opened.measurements(granularity)]
+            self._warm_up(opened.measurements(granularity), costs, advance)
             found[granularity] = opened
         return found
 
@@ -321,7 +336,7 @@ class _Bench:
 
 
 @contextmanager
-def _bar(console: Console, total: float) -> Iterator[Callable[[str, float], None]]:
+def _bar(console: Console, total: float) -> Iterator[Advance]:
     """A bar with the time left; ``advance(what, amount)``, an empty text leaves the last one."""
     columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}% {task.fields[left]} {task.description}"))
     started = time.perf_counter()
