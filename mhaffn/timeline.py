@@ -57,9 +57,9 @@ def figure(trace: Trace, number: int | None = None) -> Figure:
     FigureCanvasAgg(made)
     above, below = made.subplots(2, 1, sharex=True)
     above.set_title(f"one after the other: {serial_s * scale:.1f} {unit}", loc="left", fontsize=11)
-    below.set_title(
-        f"streamed: {streamed_s * scale:.1f} {unit}, {serial_s / streamed_s:.2f}× faster", loc="left", fontsize=11
-    )
+    times = streamed_s / serial_s
+    against = f"{1 / times:.2f}× faster" if times <= 1 else f"{times:.2f}× as long"
+    below.set_title(f"streamed: {streamed_s * scale:.1f} {unit}, {against}", loc="left", fontsize=11)
     _bars(below, [_shifted(span, -start_s) for span in others], scale, OTHER_PASS)
     for axes, spans in ((above, serial), (below, streamed)):
         for kind in KINDS:

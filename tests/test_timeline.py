@@ -101,3 +101,11 @@ def test_a_pass_without_compute_cannot_be_drawn() -> None:
     trace.passes.append(PassSpan(1, "decode", 1, 0.0, 1.0))
     with pytest.raises(ConfigError, match="no compute"):
         figure(trace)
+
+
+def test_a_pass_that_took_longer_than_its_steps_is_not_called_faster() -> None:
+    made = Trace()
+    for sublayer, start_s in zip(order(1), (0.0, 0.3), strict=True):
+        made.add(sublayer.kind, sublayer, 1, start_s, start_s + 0.1)
+    made.passes.append(PassSpan(1, "decode", 1, 0.0, 0.4))
+    assert figure(made).axes[1].get_title(loc="left") == "streamed: 400.0 ms, 2.00× as long"
