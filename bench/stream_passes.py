@@ -37,9 +37,10 @@ from mhaffn.hf import StreamedLlama
 from mhaffn.image import Image
 from mhaffn.machine import describe
 from mhaffn.plan import Plan, Tier, Workload, make_plan
-from mhaffn.random_model import SHAPES, write_random_model
+from mhaffn.random_model import write_random_model
 from mhaffn.reader import PinnedArena, Reader, Request
 from mhaffn.runner import Runner
+from mhaffn.shapes import SHAPES
 from mhaffn.simulate import Links, Work, predict
 from mhaffn.store import Store
 

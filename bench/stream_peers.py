@@ -31,7 +31,8 @@ from stream_passes import h2d_speed, ssd_speed
 
 from mhaffn.config import order
 from mhaffn.machine import describe
-from mhaffn.random_model import SHAPES, write_random_shards
+from mhaffn.random_model import write_random_shards
+from mhaffn.shapes import SHAPES
 from mhaffn.store import Store
 
 PASSES = 3

@@ -397,7 +397,10 @@ def evaluate(
 def plan(
     model: Annotated[
         str | None,
-        typer.Argument(help="A model folder or hub id, of which config.json is enough; or a packed store, as it is."),
+        typer.Argument(
+            help="llama3-70b, llama3-8b, or a model folder or hub id, of which config.json is enough; or a packed "
+            "store, as it is."
+        ),
     ] = None,
     measured: Annotated[
         Path | None, typer.Option(help="Analyse a JSON file of times measured by sublayer instead.")
@@ -429,7 +432,7 @@ def plan(
 
     Figures given here count before measured ones (`mhaffn doctor --measure`), and those before typical ones.
 
-    mhaffn plan meta-llama/Llama-3.1-70B-Instruct --gpu 16GiB --dram 64GiB --ssd 4.7GB --h2d 44GB
+    mhaffn plan llama3-70b --gpu 16GiB --dram 64GiB --ssd 4.7GB --h2d 44GB
 
     Fewer bits are always compared; --ffn int4:64 --mha int8 adds a mix of your own, as `mhaffn pack` takes it.
     """
@@ -439,7 +442,8 @@ def plan(
     from mhaffn.measured import Measured, analyse, outlook
     from mhaffn.plan import Workload
     from mhaffn.profile import Profile
-    from mhaffn.store import Store, manifest, resolve
+    from mhaffn.shapes import SHAPES, folder_of
+    from mhaffn.store import Store, manifest
 
     if (model is None) == (measured is None):
         raise ConfigError("give a MODEL, or --measured FILE")
@@ -448,9 +452,11 @@ def plan(
         found = outlook(figures)
         shown = planning.analysis(figures, analyse(figures), found)
     else:
-        folder = resolve(str(model))
-        config = ModelConfig.from_folder(folder)
-        stored = Store.open(folder).stored() if (folder / manifest.NAME).exists() else None
+        config, stored = SHAPES.get(str(model)), None
+        if config is None:
+            folder = folder_of(str(model))
+            config = ModelConfig.from_folder(folder)
+            stored = Store.open(folder).stored() if (folder / manifest.NAME).exists() else None
         speeds = {
             name: float(parse_bytes(speed)) for name, speed in (("ssd", ssd), ("h2d", h2d), ("hbm", hbm)) if speed
         }
@@ -487,7 +493,8 @@ def doctor(
         bool, typer.Option("--measure", help="Measure what `mhaffn plan` needs, and keep it: SSD, link, compute.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="--measure: compute with the widths of this model; only its config.json is read.")
+        str | None,
+        typer.Option(help="--measure: compute with the widths of llama3-70b, llama3-8b or a model's config.json."),
     ] = None,
     tokens: Annotated[
         list[int] | None,
@@ -566,6 +573,7 @@ def bench(
     from mhaffn.bench.compare import regressions, remarks, render
     from mhaffn.bench.read import Report
     from mhaffn.bench.words import LANGUAGES
+    from mhaffn.shapes import shape_of
 
     if compare is not None:
         first, second = (Report.read(path) for path in compare)
@@ -582,7 +590,7 @@ def bench(
     language = next((known for known in LANGUAGES if known == lang), None)
     if language is None:
         raise ConfigError(f"got --lang {lang}, expected one of {', '.join(LANGUAGES)}")
-    session.shape_of(shape)  # what is wrong with it, before a folder is made
+    shape_of(shape)  # what is wrong with it, before a folder is made
     settings = session.Settings(
         shape=shape, quick=quick, seconds=seconds, tokens=tokens, layers=layers, gpu=gpu, dram=dram, device=device,
         folder=folder,

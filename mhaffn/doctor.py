@@ -177,11 +177,11 @@ def measure_machine(
 
     from mhaffn.probe import measure
     from mhaffn.profile import Profile
-    from mhaffn.store import resolve
+    from mhaffn.shapes import shape_of
 
     cuda = torch.cuda.is_available()
     if model is not None:
-        config = ModelConfig.from_folder(resolve(model))
+        config = shape_of(model)
     elif (folder / "config.json").exists():
         config = ModelConfig.from_folder(folder)
     else:

@@ -98,8 +98,8 @@ def plan_for(
         now = base.passes[phase]
         best = min(found[1:], key=lambda other: other.passes[phase].seconds)
         gain = now.seconds / best.passes[phase].seconds
-        advice = f"{best.name}: {gain:.2f}× faster" if gain > 1.02 else "none of these changes helps much"
-        lines.append(Text(f"{phase}: bound by {now.binding}; most help: {advice}"))
+        advice = f"{best.name} helps most, {gain:.2f}×" if gain > 1.02 else "none of these changes helps much"
+        lines.append(Text(f"{phase}: bound by {now.binding}; {advice}"))
     return found, Group(*lines)
 
 
@@ -119,9 +119,14 @@ def _forecast_table(found: Sequence[Forecast], title: str) -> Table:
             f"{item.off_device_bytes / 2**30:.1f} GiB",
         ]
         for phase in PHASES:
-            cells += [f"{item.passes[phase].seconds:.2f}", item.passes[phase].binding]
+            cells += [_seconds(item.passes[phase].seconds), item.passes[phase].binding]
         table.add_row(*cells)
     return table
+
+
+def _seconds(seconds: float) -> str:
+    """With two decimals, or for less than a second three digits that count."""
+    return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:#.3g}"
 
 
 def analysis(measured: Measured, layers: Mapping[Phase, Layer], steps: Sequence[Forecast]) -> RenderableType:

@@ -14,6 +14,7 @@ import xxhash
 
 from mhaffn.config import ModelConfig, order
 from mhaffn.formats import PLAIN, Format, Formats, Part
+from mhaffn.shapes import SHAPES
 from mhaffn.store.format import SUFFIXES
 from mhaffn.store.safetensors import CODES, write_header
 from mhaffn.store.source import tensors_by_file
@@ -23,25 +24,6 @@ VOCABULARY_MAX = 32000
 """Embedding and head are resident and are not what is measured: a random model writes no more rows of them."""
 
 Tensors = Mapping[str, Part]
-
-
-def _config(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="LlamaForCausalLM", num_layers=layers, hidden_size=hidden, intermediate_size=intermediate,
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=hidden // heads, vocab_size=vocabulary, norm_eps=1e-5,
-        max_position_embeddings=131072, tie_word_embeddings=False,
-    )  # fmt: skip
-
-
-SHAPES: dict[str, ModelConfig] = {
-    "llama3-70b": _config(80, 8192, 28672, 64, 8, 128256),
-    "llama3-8b": _config(32, 4096, 14336, 32, 8, 128256),
-    "seed": _config(80, 8192, 12288, 64, 8, 128256),  # widths that a first measurement of this kind was taken with
-    "tiny": _config(4, 256, 1024, 4, 2, 1000),
-}
-
-PUBLISHED = {"seed": "llama3-70b"}
-"""Shapes that stand for a published model of another FFN width: by that model's name in :data:`SHAPES`."""
 
 
 def write_random_model(
@@ -55,8 +37,8 @@ def write_random_model(
 ) -> int:
     """Writes a packed store of random bfloat16 weights, or in ``formats``, into ``folder``; returns its layers' bytes.
 
-    ``shape`` is a name in :data:`SHAPES` or a config. Layers repeat the values of the first one, in files of
-    their own. ``progress`` gets the bytes of each piece written. Needs about 100 MiB of memory.
+    ``shape`` is a name in :data:`mhaffn.shapes.SHAPES` or a config. Layers repeat the values of the first one, in
+    files of their own. ``progress`` gets the bytes of each piece written. Needs about 100 MiB of memory.
     """
     config = _write_config(folder, shape, layers, vocabulary)
     values = _Values(config.hidden_size)

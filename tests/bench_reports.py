@@ -12,8 +12,8 @@ import pytest
 from mhaffn.bench import derive
 from mhaffn.bench.passes import split_plan, whole_plan
 from mhaffn.config import KINDS
-from mhaffn.random_model import SHAPES
 from mhaffn.samples import values
+from mhaffn.shapes import SHAPES
 
 SEED_MS = {
     "compute.prefill.mha": 152.42, "compute.prefill.ffn": 25.94, "compute.prefill.layer": 172.92,

@@ -282,7 +282,7 @@ def test_a_run_that_fails_leaves_no_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "llama4"], "got shape llama4, expected llama3-70b, llama3-8b, seed, tiny, a model folder"),
+        (["--shape", "llama4"], "got llama4, expected llama3-70b, llama3-8b, seed, tiny, a model folder"),
         (["--seconds", "inf"], "got --seconds inf"),
         (["--fail-on-regression", "5"], "--fail-on-regression goes with --compare"),
         (["--lang", "fr"], "got --lang fr, expected one of en, zh"),

@@ -316,6 +316,24 @@ def test_plan_needs_only_a_config(tmp_path: Path, here: Here) -> None:
     assert code == 2 and "MODEL, or --measured" in err
 
 
+def test_plan_knows_models_by_name(here: Here) -> None:
+    """So that it can be tried before anything is fetched; what it does not know, it can be told with one small file."""
+    code, out, err = here("plan", "llama3-70b", "--ssd", "5GB", "--dram", "64GiB")
+    assert code == 0, err
+    assert "160 sublayers" in out and "bound by SSD; all in int4 helps most, " in out
+    code, _, err = here("plan", "llama4")
+    assert code == 2 and "got llama4, expected llama3-70b, llama3-8b, seed, tiny, a model folder or a hub id" in err
+    code, _, err = here("plan", "org/name")
+    assert code == 2 and "Fetch config.json with: hf download org/name config.json" in err
+
+
+def test_a_plan_of_a_small_model_has_digits(here: Here) -> None:
+    code, out, err = here("plan", "tiny")
+    assert code == 0, err
+    base = next(line for line in out.splitlines() if line.startswith("as it is"))
+    assert "0.00 " not in base and "none of these changes helps much" in out
+
+
 def test_plan_of_measured_figures(here: Here) -> None:
     code, out, _ = here("plan", "--measured", Path(__file__).parent / "data" / "seed.json")
     assert code == 0

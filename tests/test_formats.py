@@ -10,7 +10,7 @@ import torch
 from mhaffn.config import Sublayer, order
 from mhaffn.errors import ConfigError
 from mhaffn.formats import GROUPS, PLAIN, Format, Formats, Part
-from mhaffn.random_model import SHAPES
+from mhaffn.shapes import SHAPES
 
 LLAMA_70B = SHAPES["llama3-70b"]
 NAMES = {

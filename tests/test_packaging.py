@@ -29,6 +29,7 @@ LAYERS = [
     ("ring", "placement"),
     ("simulate",),
     ("reader", "store", "plan", "trace"),
+    ("shapes",),
     ("image", "device", "forecast", "random_model"),
     ("memory", "verify", "profile"),
     ("stream",),

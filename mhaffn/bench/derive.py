@@ -14,9 +14,9 @@ from mhaffn.errors import BudgetError
 from mhaffn.forecast import PHASES, Forecast, Machine, changes
 from mhaffn.measured import Layer, Measured, analyse
 from mhaffn.plan import TIERS, Plan, Sizes, Workload
-from mhaffn.random_model import PUBLISHED, SHAPES
 from mhaffn.samples import Rounds, by_round, figure
 from mhaffn.samples import values as values_of
+from mhaffn.shapes import PUBLISHED, SHAPES
 from mhaffn.simulate import Links, Work, predict
 from mhaffn.trace import Phase
 

@@ -28,9 +28,10 @@ from mhaffn.device import choose_device, memory_errors
 from mhaffn.errors import ConfigError, StoreError
 from mhaffn.forecast import PHASES
 from mhaffn.machine import describe
-from mhaffn.random_model import SHAPES, write_random_model
+from mhaffn.random_model import write_random_model
 from mhaffn.samples import Rounds, figure, values
-from mhaffn.store import Store, resolve
+from mhaffn.shapes import shape_of
+from mhaffn.store import Store
 
 FORMAT = 1
 VOCABULARY = 256
@@ -62,15 +63,6 @@ class Settings:
     @property
     def measuring_s(self) -> float:
         return self.seconds or (QUICK_SECONDS if self.quick else SECONDS)
-
-
-def shape_of(name: str) -> ModelConfig:
-    """A shape by name, or that of a model folder or hub id, of which only config.json is read."""
-    if name in SHAPES:
-        return SHAPES[name]
-    if "/" not in name and not Path(name).exists():
-        raise ConfigError(f"got shape {name}, expected {', '.join(SHAPES)}, a model folder or a hub id (org/name)")
-    return ModelConfig.from_folder(resolve(name))
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from mhaffn.errors import StoreError
 from mhaffn.store.manifest import refuse_unfinished
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, *, enough: str = "") -> Path:
     """The folder of ``model``: a path, or a hub id (``org/name``) found in the local cache.
 
-    Nothing is downloaded. Raises :class:`StoreError` with what to do when there is no such folder, or when it
-    is an unfinished pack.
+    ``enough`` names the one file that is needed, where that is so. Nothing is downloaded. Raises
+    :class:`StoreError` with what to do when there is no such folder, or when it is an unfinished pack.
     """
     name = os.fspath(model)
     try:
@@ -29,10 +29,10 @@ def resolve(model: str | Path) -> Path:
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         problem = "is a file" if path.exists() else "does not exist"
         raise StoreError(f"{path} {problem}. Give a folder with config.json, or a hub id such as org/name.")
-    return _cached(name)
+    return _cached(name, enough)
 
 
-def _cached(repo_id: str) -> Path:
+def _cached(repo_id: str, enough: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -45,5 +45,6 @@ def _cached(repo_id: str) -> Path:
         if partial is not None:
             return Path(partial)
         raise StoreError(
-            f"{repo_id} is neither a folder nor a model in the local hub cache. Fetch it with: hf download {repo_id}"
+            f"{repo_id} is neither a folder nor a model in the local hub cache. "
+            f"Fetch {enough or 'it'} with: hf download {repo_id} {enough}".rstrip()
         ) from None
