@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import rich.progress
 import typer
 import typer.core
 from rich.console import Console
@@ -100,6 +101,11 @@ def _write_json(values: object, path: Path | None) -> None:
         print(content, end="")
     elif path is not None:
         path.write_text(content, encoding="utf-8")
+
+
+def _bar(*columns: rich.progress.ProgressColumn) -> Progress:
+    """Gone when the work ends, well or not; nothing where nobody watches."""
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 
 def _escape(text: str) -> str:
@@ -272,7 +278,7 @@ def pack(
     from mhaffn.store import pack as write_store
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+    with _bar(*columns) as bar:
         task = bar.add_task(f"reading {source.name}", total=None)
 
         def show(progress: PackProgress) -> None:
@@ -331,7 +337,7 @@ def verify(
     from mhaffn.verify import verify as read_store
 
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    with _bar(*columns) as bar:
         task = bar.add_task("verifying", total=None)
         found = read_store(
             model,
@@ -376,7 +382,7 @@ def evaluate(
     from mhaffn.session import Options
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    with _bar(*columns) as bar:
         task = bar.add_task("loading", total=None)
         found = measure(
             model,

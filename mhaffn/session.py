@@ -222,7 +222,7 @@ def encode(
 def loading(console: Console) -> Iterator[Callable[[int, int], None]]:
     """A progress bar for weights that stay in memory; gone once they are loaded."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
-    bar = Progress(*columns, console=console, transient=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task("loading")
 
     def show(done: int, total: int) -> None:

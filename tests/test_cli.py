@@ -316,6 +316,17 @@ def test_plan_needs_only_a_config(tmp_path: Path, here: Here) -> None:
     assert code == 2 and "MODEL, or --measured" in err
 
 
+def test_nothing_is_drawn_where_nobody_watches(model: Path, tmp_path: Path, here: Here) -> None:
+    """An error in a log is one paragraph, and so is what was done."""
+    for words in (("pack", tmp_path, tmp_path / "out"), ("run", model, "-p", "w5", "--dram", "1KiB")):
+        code, _, err = here(*words)
+        assert code == 2 and err.startswith("error: "), err
+    code, _, err = here("verify", model)
+    assert (code, err) == (0, "")
+    code, _, err = here("pack", model, tmp_path / "out")
+    assert code == 0 and err.startswith("packed "), err
+
+
 def test_plan_knows_models_by_name(here: Here) -> None:
     """So that it can be tried before anything is fetched; what it does not know, it can be told with one small file."""
     code, out, err = here("plan", "llama3-70b", "--ssd", "5GB", "--dram", "64GiB")
