@@ -228,6 +228,16 @@ def test_what_became_slower_or_faster_is_told(seed: dict[str, Any]) -> None:
     assert regressions(found, 10) == []
 
 
+def test_a_great_slow_down_is_told_on_a_noisy_machine_too(seed: dict[str, Any]) -> None:
+    """Every fourth round was disturbed, and took three times as long."""
+    second = report_of(SEED_MS | {"compute.decode.ffn": 1.57 * 12})
+    for number, samples in enumerate(second["measured"]["compute.decode.ffn"]):
+        samples[:] = [ms * (3 if number % 4 == 0 else 1) for ms in samples]
+    there, back = compare(Report(seed), Report(second)), compare(Report(second), Report(seed))
+    assert verdicts(there) == {"compute.decode.ffn": "worse"}
+    assert verdicts(back) == {"compute.decode.ffn": "better"}
+
+
 def test_a_machine_that_was_slower_itself_is_not_blamed_on_the_code(seed: dict[str, Any]) -> None:
     """The disk alone reads a third slower, and so do we."""
     slower = {name: ms * 1.5 for name, ms in SEED_MS.items() if name.startswith("ssd.")}

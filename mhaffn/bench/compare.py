@@ -1,13 +1,14 @@
 """Two reports side by side: two machines, or two commits on one.
 
-A measurement differs where the two values are further apart than their uncertainties reach. On one machine that is not
-yet the code's doing: the machine may have been busy. So the time in which threads waited for a processor is taken out,
-and each measurement is held, round by round, against the roofs measured in the same round. It counts as better or
-worse only where it still differs in all these ways, and by more than the roofs themselves moved.
+A measurement differs where the ratio of the two values is greater than their uncertainties explain. On one machine
+that is not yet the code's doing: the machine may have been busy. So the time in which threads waited for a processor is
+taken out, and each measurement is held, round by round, against the roofs measured in the same round. It counts as
+better or worse only where it still differs in all these ways, and by more than the roofs themselves moved.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,8 +116,16 @@ def _against(report: Report, name: str, roof: str) -> list[float]:
 
 
 def _apart(a: Figure, b: Figure) -> bool:
-    """Whether the values differ by more than both uncertainties together."""
-    return abs(a.value - b.value) > a.uncertainty + b.uncertainty
+    """Whether the values differ by more than both uncertainties together.
+
+    By ratios: noise multiplies times, and an interval that reaches far up would hide any slow-down as a difference.
+    """
+    return abs(math.log(a.value / b.value)) > _factor(a) + _factor(b)
+
+
+def _factor(found: Figure) -> float:
+    """The logarithm of the greater ratio between the value and an end of its interval."""
+    return math.log(max(found.high / found.value, found.value / found.low))
 
 
 def regressions(found: Sequence[Difference], percent: float) -> list[Difference]:
