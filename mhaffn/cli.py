@@ -544,7 +544,7 @@ def bench(
     ] = "llama3-70b",
     out: Annotated[Path, typer.Option(help="Where report.md, report.json and the figures go.")] = Path("mhaffn-report"),
     lang: Annotated[str, typer.Option(help="The document's language: en or zh.")] = "en",
-    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer layers, shorter prompt.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="In a minute or so: fewer layers, shorter prompt.")] = False,
     seconds: Annotated[
         float | None, typer.Option(min=1.0, help="Seconds of measuring; 90 unless given, 15 with --quick.")
     ] = None,

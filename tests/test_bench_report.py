@@ -319,6 +319,14 @@ def test_a_report_without_some_part_is_refused_or_compared(seed: dict[str, Any],
     assert outcome(marked) == "compared"
 
 
+def test_what_only_one_run_measured_is_told(seed: dict[str, Any]) -> None:
+    second = report_of({name: ms for name, ms in SEED_MS.items() if not name.endswith(".whole")})
+    found = compare(Report(seed), Report(second))
+    assert {item.name for item in found} == second["measured"].keys()
+    expected = "run 1 alone has pass.decode.whole, pass.prefill.whole: nothing to hold it against"
+    assert remarks(Report(seed), Report(second), found) == [expected]
+
+
 def test_other_disks_are_told(seed: dict[str, Any]) -> None:
     second = report_of()
     second["machine"]["disk"] = {"device": "/dev/loop0", "file_system": "ext4", "model": "a file on tmpfs"}

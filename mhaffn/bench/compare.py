@@ -146,6 +146,8 @@ def remarks(first: Report, second: Report, found: Sequence[Difference]) -> list[
             lines.append(f"run {number}: the machine was not steady: {about['noisy']}")
         if "busy" in about:
             lines.append(f"run {number}: other programs ran beside it, up to {about['busy']} of the time")
+        if alone := report.measured.keys() - (second if number == 1 else first).measured.keys():
+            lines.append(f"run {number} alone has {', '.join(sorted(alone))}: nothing to hold it against")
     if any(item.verdict == "machine" and not item.name.startswith("roof.") for item in found):
         lines.append("machine: the times differ, but no more than a busy machine explains; measure again, quieter")
     if first.settings["rounds"] != second.settings["rounds"] or first.settings["quick"] != second.settings["quick"]:

@@ -131,7 +131,7 @@ class _Bench:
         memory_line = f"; GPU {format_bytes(self.needs.gpu)}" if self.needs.gpu else ""
         self.say(
             f"{self.settings.shape} on {self.device.type}: {self.streamed.num_layers} of {self.config.num_layers} "
-            f"layers streamed, prompt of {self.tokens} tokens, about {self.settings.measuring_s:.0f} s of measuring\n"
+            f"layers streamed, prompt of {self.tokens} tokens, {self.settings.measuring_s:.0f} s of measuring or more\n"
             f"needs: disk {format_bytes(disk)} of {format_bytes(free)} free in {self.settings.folder.resolve()}, "
             f"removed at the end; host {format_bytes(self.needs.dram)}{memory_line}"
         )
