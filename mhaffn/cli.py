@@ -567,8 +567,7 @@ def bench(
 ) -> None:
     """Measure this machine by sublayer, with random weights, and write the document of it.
 
-    Weight sizes, compute, copies and reads, roofs, what overlaps, the executed pipeline beside its bound, and what to
-    change. Examples:
+    Weight sizes, compute, links, roofs, the executed pipeline beside its bound, and what to change. Examples:
 
         mhaffn bench --shape llama3-70b --folder /mnt/nvme --out report
 
@@ -625,8 +624,9 @@ def demo(
 ) -> None:
     """Stream a real model: SmolLM2-135M-Instruct from disk, none of its layers resident.
 
-    Fetches the model once (93 MB), packs it, streams it through O_DIRECT and io_uring, measures each link
-    alone, and compares the tokens with those of the same model fully resident.
+    Fetches the model once (93 MB), packs and streams it, and measures each link alone.
+
+    Then it compares the tokens with those of the same model fully resident.
     """
     from mhaffn.demo import run_demo
 
