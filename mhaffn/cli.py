@@ -555,8 +555,12 @@ def bench(
     folder: Annotated[
         Path, typer.Option(help="On the disk to measure: random weights are written here and removed at the end.")
     ] = Path(),
-    gpu: GpuOption = "auto",
-    dram: DramOption = "auto",
+    gpu: Annotated[
+        str, typer.Option(help="GPU memory it may take, and forecasts count on, e.g. 14GiB. auto: what is free now.")
+    ] = "auto",
+    dram: Annotated[
+        str, typer.Option(help="Host memory it may take, and forecasts count on, e.g. 32GiB. auto: what is free now.")
+    ] = "auto",
     device: DeviceOption = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Compare two report.json files instead of measuring.")
