@@ -6,9 +6,11 @@ fastest pass is taken: by the bound of its links, and, where a machine's speeds 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, format_bytes, order
 from mhaffn.errors import BudgetError, ConfigError
@@ -262,8 +264,8 @@ class _Memory:
             work=self.work,
             tiers={s: tiers[s] for s in self.images},
             prefetch=depth,
-            staging_bytes=_ring_bytes(on["ssd"], depth),
-            slot_bytes=_ring_bytes(streamed, depth) if self.copies else 0,
+            staging_bytes=_ring_bytes(tuple(on["ssd"]), depth),
+            slot_bytes=_ring_bytes(tuple(streamed), depth) if self.copies else 0,
             gpu_tier_bytes=sum(on["gpu"]),
             dram_tier_bytes=sum(on["dram"]),
             fixed_bytes=self.fixed,
@@ -336,6 +338,7 @@ class _Search:
         self.memory, self.depths, self.simulated = memory, depths, speeds is not None
         self.speeds = speeds or TYPICAL
         self.weights = {sublayer: sizes.weights(sublayer) for sublayer in memory.images}
+        self.least = [min(n for s, n in self.weights.items() if s.kind == kind) for kind in KINDS]
         self.tries = SIMULATED_SUBLAYERS // len(memory.images)
 
     def fixed(self, tiers: Mapping[Sublayer, Tier]) -> Plan | None:
@@ -379,17 +382,17 @@ class _Search:
 
     def rank(self, mix: Mix, depth: int) -> tuple[float, float, int]:
         """What no plan of these counts is faster than, and what else to prefer: less to move, a usual distance."""
-        nbytes = [min(n for s, n in self.weights.items() if s.kind == kind) for kind in KINDS]
         links = self.speeds.links
-        ssd_s = sum(count * n for count, n in zip(mix.ssd, nbytes, strict=True)) / links.ssd
-        h2d_s = sum(count * n for count, n in zip(mix.off_gpu, nbytes, strict=True)) / links.h2d if links.h2d else 0.0
+        ssd_s = sum(count * n for count, n in zip(mix.ssd, self.least, strict=True)) / links.ssd
+        h2d_s = sum(count * n for count, n in zip(mix.off_gpu, self.least, strict=True)) / (links.h2d or math.inf)
         bound_s = sum(
             often * max(ssd_s, h2d_s, mix.layers * sum(compute_s.values())) for often, compute_s in self.speeds.passes
         )
         return bound_s * (SHORT_PREFETCH_GAIN if depth == 1 else 1.0), ssd_s + h2d_s, self.depths.index(depth)
 
 
-def _ring_bytes(cycle: list[int], depth: int) -> int:
+@lru_cache(4096)
+def _ring_bytes(cycle: tuple[int, ...], depth: int) -> int:
     """The least ring in which the sublayer in use and ``depth`` more always fit, wherever the cycle stands.
 
     Small models get at least :data:`STAGING_BYTES` when they prefetch, so that the SSD sees a deep queue.
@@ -405,11 +408,11 @@ def _ring_bytes(cycle: list[int], depth: int) -> int:
     return next((total for total in candidates if _holds(total, cycle, depth)), always)
 
 
-def _repeated(cycle: list[int], start: int, length: int) -> Iterable[int]:
+def _repeated(cycle: tuple[int, ...], start: int, length: int) -> Iterable[int]:
     return (cycle[(start + j) % len(cycle)] for j in range(length))
 
 
-def _holds(capacity: int, cycle: list[int], depth: int) -> bool:
+def _holds(capacity: int, cycle: tuple[int, ...], depth: int) -> bool:
     """Whether ``depth`` + 1 images always fit as the cycle turns, until it stands as it once stood."""
     ring, held, starts = ByteRing(capacity), 0, Counter[int]()
     while True:
