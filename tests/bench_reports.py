@@ -28,15 +28,24 @@ SEED_MS = {
 
 
 def report_of(
-    medians: Mapping[str, float] = SEED_MS, *, spread: float = 0.004, rounds: int = 12, machine: str = "RTX 5080"
+    medians: Mapping[str, float] = SEED_MS,
+    *,
+    spread: float = 0.004,
+    rounds: int = 12,
+    machine: str = "RTX 5080",
+    outlook: bool = True,
 ) -> dict[str, Any]:
-    """What ``mhaffn bench`` would write on a machine with these times; ``spread`` is the swing between rounds."""
-    return copy.deepcopy(_report_of(tuple(medians.items()), spread, rounds, machine))
+    """What ``mhaffn bench`` would write on a machine with these times; ``spread`` is the swing between rounds.
+
+    Without ``outlook`` it does not say what to change: that takes plans of 80 layers, and seconds.
+    """
+    return copy.deepcopy(_report_of(tuple(medians.items()), spread, rounds, machine, outlook))
 
 
 @cache
-def _report_of(medians: tuple[tuple[str, float], ...], spread: float, rounds: int, machine: str) -> dict[str, Any]:
-    """Plans of 80 layers are made for each: seconds."""
+def _report_of(
+    medians: tuple[tuple[str, float], ...], spread: float, rounds: int, machine: str, outlook: bool
+) -> dict[str, Any]:
     measured = {
         name: [[value * (1 + spread * ((i * 7 + 3 * j) % 11 - 5) / 5) for j in range(3)] for i in range(rounds)]
         for name, value in medians
@@ -56,7 +65,7 @@ def _report_of(medians: tuple[tuple[str, float], ...], spread: float, rounds: in
         "disk": {"device": "/dev/nvme0n1", "file_system": "ext4", "model": "an SSD"},
     }  # fmt: skip
     found = values(measured)
-    outlook, _ = derive.outlook(facts, found)
+    changes = derive.outlook(facts, found)[0] if outlook else {}
     return {
         "format": 1, "machine": about, "reader": {"engine": "io_uring", "direct": "on", "reasons": []},
         "settings": settings, "config": asdict(config),
@@ -67,7 +76,7 @@ def _report_of(medians: tuple[tuple[str, float], ...], spread: float, rounds: in
             for name, p in (("split", plan), ("whole", whole))
         },
         "left_out": [], "measured": measured, "derived": derive.derived_figures(facts, measured),
-        "predicted_ms": derive.predicted_ms(facts, found, split_plan_of(facts)), "outlook": outlook,
+        "predicted_ms": derive.predicted_ms(facts, found, split_plan_of(facts)), "outlook": changes,
         "timelines": {phase: _timeline(found, phase) for phase in ("prefill", "decode")},
     }  # fmt: skip
 

@@ -215,13 +215,13 @@ def test_without_matplotlib_the_document_says_so(
 
 
 def test_the_same_machine_twice_is_the_same(seed: dict[str, Any]) -> None:
-    again = Report(report_of(spread=0.006))
+    again = Report(report_of(spread=0.006, outlook=False))
     assert verdicts(compare(Report(seed), again)) == {}
     assert remarks(Report(seed), again, []) == []
 
 
 def test_what_became_slower_or_faster_is_told(seed: dict[str, Any]) -> None:
-    second = changed({"compute.decode.ffn": 1.57 * 1.08, "h2d.mha": 6.74 / 1.1})
+    second = changed({"compute.decode.ffn": 1.57 * 1.08, "h2d.mha": 6.74 / 1.1}, outlook=False)
     found = compare(Report(seed), second)
     assert verdicts(found) == {"compute.decode.ffn": "worse", "h2d.mha": "better"}
     assert [item.name for item in regressions(found, 5)] == ["compute.decode.ffn"]
@@ -230,7 +230,7 @@ def test_what_became_slower_or_faster_is_told(seed: dict[str, Any]) -> None:
 
 def test_a_great_slow_down_is_told_on_a_noisy_machine_too(seed: dict[str, Any]) -> None:
     """Every fourth round was disturbed, and took three times as long."""
-    second = report_of(SEED_MS | {"compute.decode.ffn": 1.57 * 12})
+    second = report_of(SEED_MS | {"compute.decode.ffn": 1.57 * 12}, outlook=False)
     for number, samples in enumerate(second["measured"]["compute.decode.ffn"]):
         samples[:] = [ms * (3 if number % 4 == 0 else 1) for ms in samples]
     there, back = compare(Report(seed), Report(second)), compare(Report(second), Report(seed))
@@ -241,7 +241,7 @@ def test_a_great_slow_down_is_told_on_a_noisy_machine_too(seed: dict[str, Any]) 
 def test_a_machine_that_was_slower_itself_is_not_blamed_on_the_code(seed: dict[str, Any]) -> None:
     """The disk alone reads a third slower, and so do we."""
     slower = {name: ms * 1.5 for name, ms in SEED_MS.items() if name.startswith("ssd.")}
-    second = changed(slower | {"roof.ssd": SEED_MS["roof.ssd"] / 1.5})
+    second = changed(slower | {"roof.ssd": SEED_MS["roof.ssd"] / 1.5}, outlook=False)
     found = compare(Report(seed), second)
     assert set(verdicts(found).values()) == {"machine"}
     assert regressions(found, 0) == []
@@ -249,7 +249,7 @@ def test_a_machine_that_was_slower_itself_is_not_blamed_on_the_code(seed: dict[s
 
 
 def test_time_spent_waiting_for_a_processor_is_not_blamed_on_the_code(seed: dict[str, Any]) -> None:
-    second = report_of(SEED_MS | {"compute.decode.mha": 0.68 * 2})
+    second = report_of(SEED_MS | {"compute.decode.mha": 0.68 * 2}, outlook=False)
     assert verdicts(compare(Report(seed), Report(second))) == {"compute.decode.mha": "worse"}
     second["waited"] = {"compute.decode.mha": [0.5] * 12}
     assert verdicts(compare(Report(seed), Report(second))) == {"compute.decode.mha": "machine"}
@@ -257,7 +257,7 @@ def test_time_spent_waiting_for_a_processor_is_not_blamed_on_the_code(seed: dict
 
 def test_two_machines_are_compared_by_their_times(seed: dict[str, Any]) -> None:
     other = {name: ms * 1.5 for name, ms in SEED_MS.items() if name.startswith("ssd.")}
-    second = changed(other | {"roof.ssd": SEED_MS["roof.ssd"] / 1.5}, machine="RTX 4090")
+    second = changed(other | {"roof.ssd": SEED_MS["roof.ssd"] / 1.5}, machine="RTX 4090", outlook=False)
     found = compare(Report(seed), second)
     assert verdicts(found)["ssd.mha"] == "worse"
     assert any("two different machines" in line for line in remarks(Report(seed), second, found))
@@ -296,7 +296,7 @@ def test_a_damaged_report_is_refused(part: str, value: Any, seed: dict[str, Any]
 
 def test_a_report_without_some_part_is_refused_or_compared(seed: dict[str, Any], tmp_path: Path) -> None:
     """Whatever is missing, and whatever looks like markup."""
-    path, good = tmp_path / "report.json", changed({"ssd.mha": 90.0})
+    path, good = tmp_path / "report.json", changed({"ssd.mha": 90.0}, outlook=False)
 
     def outcome(raw: dict[str, Any]) -> str:
         path.write_text(json.dumps(raw))
@@ -320,7 +320,7 @@ def test_a_report_without_some_part_is_refused_or_compared(seed: dict[str, Any],
 
 
 def test_what_only_one_run_measured_is_told(seed: dict[str, Any]) -> None:
-    second = report_of({name: ms for name, ms in SEED_MS.items() if not name.endswith(".whole")})
+    second = report_of({name: ms for name, ms in SEED_MS.items() if not name.endswith(".whole")}, outlook=False)
     found = compare(Report(seed), Report(second))
     assert {item.name for item in found} == second["measured"].keys()
     expected = "run 1 alone has pass.decode.whole, pass.prefill.whole: nothing to hold it against"
@@ -328,7 +328,7 @@ def test_what_only_one_run_measured_is_told(seed: dict[str, Any]) -> None:
 
 
 def test_other_disks_are_told(seed: dict[str, Any]) -> None:
-    second = report_of()
+    second = report_of(outlook=False)
     second["machine"]["disk"] = {"device": "/dev/loop0", "file_system": "ext4", "model": "a file on tmpfs"}
     assert any("two different disks" in line for line in remarks(Report(seed), Report(second), []))
 
@@ -337,7 +337,9 @@ def test_the_command_compares_and_fails_on_regressions(
     seed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
-    second = changed({"ssd.ffn": 129.01 * 1.3}).raw | {"left_out": [{"what": "noisy", "why": "ssd [/] ±12%"}]}
+    second = changed({"ssd.ffn": 129.01 * 1.3}, outlook=False).raw | {
+        "left_out": [{"what": "noisy", "why": "ssd [/] ±12%"}]
+    }
     for path, raw in zip(paths, (seed, second), strict=True):
         path.write_text(json.dumps(raw))
 
