@@ -148,8 +148,13 @@ class Sizes:
         return work.batch * min(work.tokens, CHUNK_TOKENS) * work.context * (2 + ITEM_BYTES[self.dtype])
 
     def fixed(self, work: Workload) -> int:
-        """What every plan holds besides sublayers: embedding, norm, head, KV cache, activations."""
-        return self.resident() + self.kv_cache(work) + self.activations(work)
+        """What every plan holds besides sublayers: embedding, norm, head, KV cache, activations.
+
+        One layer of the cache counts twice: it grows by a copy of its keys, then of its values, as it does where beams
+        change places; and attention on a CPU puts both into an order of its own.
+        """
+        cache = self.kv_cache(work)
+        return self.resident() + cache + cache // self.config.num_layers + self.activations(work)
 
     def tensors(self, sublayer: Sublayer) -> tuple[int, ...]:
         """Bytes of each tensor."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 import mhaffn
 import mhaffn.runner
@@ -280,6 +281,27 @@ def test_masks_of_long_prompts_keep_to_the_budget(batch: int, context: int, toke
     ) as model:  # fmt: skip
         model.generate(ids, attention_mask=seen, max_new_tokens=2, do_sample=False)
         assert watch.peaks()["dram"] <= model.runner.plan.dram_bytes + (24 << 20)  # torch's own
+
+
+def test_a_cache_that_grows_keeps_to_the_budget(tiny_model: Model) -> None:
+    context, heads, dim = 16_384, 32, 64
+    folder = tiny_model(
+        dtype="bfloat16", num_hidden_layers=1, hidden_size=64, num_attention_heads=heads, num_key_value_heads=heads,
+        head_dim=dim, max_position_embeddings=context,
+    )  # fmt: skip
+    with mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu") as warm_up:
+        greedy(warm_up)
+    watch = Watch(torch.device("cpu"))
+    with (
+        mhaffn.load(folder, gpu=None, dram=None, device="cpu", context=context, tokens=64) as model,
+        torch.inference_mode(),
+    ):
+        cache = DynamicCache()
+        full = torch.ones(1, dtype=torch.bfloat16).expand(1, heads, context - 65, dim)
+        cache.update(full, full, 0)
+        for tokens in (64, 1):
+            model(torch.ones(1, tokens, dtype=torch.int64), past_key_values=cache)
+        assert watch.peaks()["dram"] <= model.runner.plan.dram_bytes + (32 << 20)  # torch's own, and the allocator's
 
 
 def test_the_trace_counts_every_byte_once_a_pass(tiny_model: Model) -> None:
