@@ -19,7 +19,6 @@ from mhaffn.reader import Extent, PinnedArena, Reader, Request, Slot
 from mhaffn.store import Store
 from mhaffn.store.safetensors import TensorInfo
 
-PIECE_BYTES = 32 << 20
 PIECES = 4
 PAGE = 4096
 
@@ -67,7 +66,8 @@ def load_residents(
     residents = Residents()
     try:
         if device.copies:
-            _load_to_device(store, on_device, residents, device, reader, verify, count)
+            with PinnedArena(plan.loading_bytes) as arena:
+                _load_to_device(store, on_device, residents, device, reader, arena, verify, count)
             _load_to_host(on_host, [], residents, reader, verify, count)
         else:
             tensors = _in_file_order(store)
@@ -177,37 +177,38 @@ def _load_to_device(
     residents: Residents,
     device: HostDevice | CudaDevice,
     reader: Reader,
+    arena: PinnedArena,
     verify: bool,
     count: _Counter,
 ) -> None:
-    """Reads piece by piece through a small arena of its own and copies to tensors on the device."""
-    with PinnedArena(PIECES * (PIECE_BYTES + 2 * PAGE)) as arena:
+    """Reads piece by piece into ``arena`` and copies to tensors on the device."""
+    digest = xxhash.xxh3_64()
+    for name, tensor in _in_file_order(store):
+        target = torch.empty(tensor.nbytes, dtype=torch.uint8, device=device.torch_device)
+        for piece in _pieces(reader, arena, tensor, target, count):
+            if verify:
+                digest.update(as_buffer(piece))
+        residents.tensors[name] = view(target, 0, tensor)
+    _check_resident(store, digest.hexdigest(), verify)
+    for image in images:
+        memory = torch.empty(image.nbytes, dtype=torch.uint8, device=device.torch_device)
         digest = xxhash.xxh3_64()
-        for name, tensor in _in_file_order(store):
-            target = torch.empty(tensor.nbytes, dtype=torch.uint8, device=device.torch_device)
-            for piece in _pieces(reader, arena, tensor, target, count):
+        for tensor, offset in zip(image.records.tensors, image.offsets, strict=True):
+            for piece in _pieces(reader, arena, tensor, memory[offset : offset + tensor.nbytes], count):
                 if verify:
                     digest.update(as_buffer(piece))
-            residents.tensors[name] = view(target, 0, tensor)
-        _check_resident(store, digest.hexdigest(), verify)
-        for image in images:
-            memory = torch.empty(image.nbytes, dtype=torch.uint8, device=device.torch_device)
-            digest = xxhash.xxh3_64()
-            for tensor, offset in zip(image.records.tensors, image.offsets, strict=True):
-                for piece in _pieces(reader, arena, tensor, memory[offset : offset + tensor.nbytes], count):
-                    if verify:
-                        digest.update(as_buffer(piece))
-            if verify:
-                image.check(digest.hexdigest())
-            image.check_scales(memory)
-            residents.weights[image.records.sublayer] = image.views(memory)
+        if verify:
+            image.check(digest.hexdigest())
+        image.check_scales(memory)
+        residents.weights[image.records.sublayer] = image.views(memory)
 
 
 def _pieces(
     reader: Reader, arena: PinnedArena, tensor: TensorInfo, target: torch.Tensor, count: _Counter
 ) -> Iterator[torch.Tensor]:
-    starts = range(0, tensor.nbytes, PIECE_BYTES)
-    jobs = [[Extent(tensor.path, tensor.offset + s, min(PIECE_BYTES, tensor.nbytes - s))] for s in starts]
+    most = arena.nbytes // PIECES // PAGE * PAGE - 2 * PAGE  # with the pages that its ends lie in
+    starts = range(0, tensor.nbytes, most)
+    jobs = [[Extent(tensor.path, tensor.offset + s, min(most, tensor.nbytes - s))] for s in starts]
     for start, (slot, request) in zip(starts, _in_turn(reader, arena, jobs), strict=True):
         with slot:
             offset = request.placements[0]

@@ -31,6 +31,9 @@ SHORT_PREFETCH_GAIN = 1.02
 FEW_LAYERS = 8
 """Up to here one sublayer more or less matters, and so do counts and orders that are not the obvious ones."""
 SIMULATED_SUBLAYERS = 8000
+LOADING_BYTES = 128 << 20
+LOADING_BYTES_MIN = 8 << 20
+"""Host memory that what stays on a device of its own memory is loaded through: at most, and at least."""
 LIBRARY_BYTES = 512 << 20
 SCRATCH_BYTES = 192 << 20
 """What products with weights in few bits hold besides: dequantised rows, or arranged inputs and partial sums."""
@@ -64,7 +67,8 @@ class Plan:
     ``copies`` says whether the device has memory of its own. ``staging_bytes`` is the ring in host memory
     that SSD reads land in; ``slot_bytes`` the ring on the device that streamed sublayers are copied into
     (0 where the device computes from host memory); ``fixed_bytes`` is what compute holds besides:
-    embedding, head, KV cache, activations.
+    embedding, head, KV cache, activations. ``loading_bytes`` of host memory are what all that stays on the device
+    comes through; they are given back before anything else is pinned.
     """
 
     work: Workload
@@ -75,6 +79,7 @@ class Plan:
     gpu_tier_bytes: int
     dram_tier_bytes: int
     fixed_bytes: int
+    loading_bytes: int
     copies: bool
 
     @property
@@ -86,7 +91,7 @@ class Plan:
     def dram_bytes(self) -> int:
         """All host memory the plan uses: what is pinned, in huge pages, and what a CPU computes with."""
         resident = self.dram_tier_bytes + (0 if self.copies else self.gpu_tier_bytes)
-        pinned = _huge_pages(self.staging_bytes) + _huge_pages(resident)
+        pinned = max(_huge_pages(self.staging_bytes) + _huge_pages(resident), self.loading_bytes)
         return pinned + (0 if self.copies else self.fixed_bytes)
 
     def streamed(self, tier: Tier | None = None) -> list[Sublayer]:
@@ -274,8 +279,16 @@ class _Memory:
             gpu_tier_bytes=sum(on["gpu"]),
             dram_tier_bytes=sum(on["dram"]),
             fixed_bytes=self.fixed,
+            loading_bytes=self.loading(),
             copies=self.copies,
         )
+
+    def loading(self) -> int:
+        """Host memory to load the device's through: as much as the budget has, in whole huge pages."""
+        if not self.copies:
+            return 0
+        room = LOADING_BYTES if self.dram is None else self.dram // HUGE_PAGE * HUGE_PAGE
+        return min(max(room, LOADING_BYTES_MIN), LOADING_BYTES)
 
     def holds(self, plan: Plan) -> bool:
         return (self.gpu is None or plan.gpu_bytes <= self.gpu) and (self.dram is None or plan.dram_bytes <= self.dram)
@@ -287,7 +300,8 @@ class _Memory:
         if tiers is None:  # or everything resident, which a small model's rings may exceed
             everything = sum(self.images.values())
             gpu = min(gpu, self.fixed + everything)
-            dram = min(dram, _huge_pages(everything) + (0 if self.copies else self.fixed))
+            on_host = 0 if self.gpu is not None and self.gpu >= self.fixed + everything else _huge_pages(everything)
+            dram = min(dram, max(on_host + (0 if self.copies else self.fixed), self.loading()))
         if self.gpu is not None and self.gpu < gpu:
             return _too_small("--gpu", self.gpu, gpu)
         return _too_small("--dram", self.dram or 0, dram)

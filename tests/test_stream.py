@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from mhaffn.errors import (
 )
 from mhaffn.formats import Formats
 from mhaffn.plan import TIERS, Plan, Tier, Workload, make_plan
+from mhaffn.reader import PinnedArena
 from mhaffn.report import make_report
 from mhaffn.ring import ByteRing
 from mhaffn.store import Store, pack
@@ -197,28 +200,43 @@ def test_staging_keeps_to_its_budget_and_later_passes_allocate_nothing(
 
 @pytest.mark.usefixtures("copying")
 def test_arenas_keep_to_the_dram_budget(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Staging and DRAM tier together, as mapped: huge pages are counted too."""
-    mapped: dict[str, int] = {}
+    """All that is mapped at one time: staging and DRAM tier together, or what the device's part is loaded through."""
+    mapped: list[int] = []
 
-    def counted(name: str) -> Any:
-        def make(nbytes: int, **options: Any) -> Any:
-            made = arena(nbytes, **options)
-            mapped[name] = mapped.get(name, 0) + made.nbytes
-            return made
+    class Counted(PinnedArena):
+        def __init__(self, nbytes: int, **options: Any) -> None:
+            super().__init__(nbytes, **options)
+            open_now.append(self)
+            mapped.append(sum(arena.nbytes for arena in open_now))
 
-        return make
+        def close(self) -> None:
+            super().close()
+            if self in open_now:
+                open_now.remove(self)
 
-    arena = mhaffn.runner.PinnedArena
-    monkeypatch.setattr("mhaffn.runner.PinnedArena", counted("staging"))
-    monkeypatch.setattr("mhaffn.memory.PinnedArena", counted("tier"))
-    folder = tiny_model(hidden_size=576, intermediate_size=4096, num_hidden_layers=12)
-    least = least_plan(folder, copies=True).dram_bytes
-    for budget in (least, 2 * least + 12345):
+    open_now: list[Counted] = []
+    monkeypatch.setattr("mhaffn.runner.PinnedArena", Counted)
+    monkeypatch.setattr("mhaffn.memory.PinnedArena", Counted)
+    folder = tiny_model(hidden_size=576, intermediate_size=4096, num_hidden_layers=4, vocab_size=8000)
+    expected = resident_tokens(folder)
+
+    def load(gpu: int | None, dram: int) -> mhaffn.StreamedLlama:
+        planned = partial(make_plan, copies=True, gpu=gpu)
+        monkeypatch.setattr("mhaffn.opening.make_plan", lambda *a, gpu, copies, **options: planned(*a, **options))
+        return mhaffn.load(folder, dram=dram)
+
+    with pytest.raises(BudgetError, match=r"--dram .* needs at least") as refused:
+        load(None, 1)
+    least = int(re.findall(r"\((\d+) bytes\)", str(refused.value))[0])
+    for gpu, budget in ((None, least), (None, 2 * least + 12345), (4 << 30, 8 << 20), (4 << 30, 1 << 30)):
         mapped.clear()
-        with mhaffn.load(folder, gpu=None, dram=budget) as model:
-            loading = 4 * ((32 << 20) + 8192)  # the pieces that the resident part came through, gone by now
-            assert mapped["staging"] + mapped["tier"] - loading <= budget + (2 << 20)
-            assert model.runner.plan.dram_bytes <= budget
+        with load(gpu, budget) as model:
+            assert greedy(model) == expected
+            assert max(mapped) <= model.runner.plan.dram_bytes <= budget
+            assert min(128 << 20, budget) - (2 << 20) <= mapped[0], "reads as large as the budget lets them be"
+        assert not open_now
+    with pytest.raises(BudgetError, match=rf"--dram .* needs at least .*\({8 << 20} bytes\)"):
+        load(4 << 30, (8 << 20) - 1)
 
 
 def least_plan(folder: Path, *, copies: bool) -> Plan:
