@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -12,13 +13,13 @@ import torch
 from torch.nn.functional import embedding, linear
 
 from mhaffn import ops
-from mhaffn.config import KINDS, Sublayer
+from mhaffn.config import KINDS, Sublayer, format_bytes
 from mhaffn.device import open_device
 from mhaffn.errors import ConfigError, StreamError
 from mhaffn.image import Image
 from mhaffn.memory import load_residents
 from mhaffn.modules import FFN, MHA, Block, Context, Provider
-from mhaffn.plan import Plan
+from mhaffn.plan import Plan, Sizes
 from mhaffn.reader import ArenaInfo, PinnedArena, Reader, ReaderInfo
 from mhaffn.store import Store
 from mhaffn.stream import Stream
@@ -50,6 +51,7 @@ class Runner:
     ) -> None:
         self.store, self.plan, self.config, self.trace = store, plan, store.config, Trace()
         self.dtype: torch.dtype = getattr(torch, store.dtype)
+        self._sizes = Sizes(store.config, store.dtype, stored=store.stored())
         self._target = target = open_device(device, self.trace)
         self.device, self.copies = target.torch_device, target.copies
         self._lock = threading.Lock()
@@ -128,6 +130,14 @@ class Runner:
                 f"in all: batch={work.batch} times tokens={work.tokens}. Load the model with tokens={new} or more, or "
                 "let generate(prefill_chunk_size=...) give the prompt in parts."
             )
+        if batch > work.batch:
+            needed = self._sizes.activations(replace(work, batch=batch, tokens=new))
+            if needed > (planned := self._sizes.activations(work)):
+                raise ConfigError(
+                    f"got {batch} sequences of {new} tokens in a pass, whose states and logits take "
+                    f"{format_bytes(needed)}, expected at most {format_bytes(planned)}: what batch={work.batch} of "
+                    f"tokens={work.tokens} take. Load the model with a larger batch, at most batch={batch}."
+                )
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:

@@ -160,7 +160,9 @@ def test_a_mask_of_four_dimensions_is_taken_as_it_is(kind: str, tiny_model: Mode
 
 def test_the_batch_has_room_or_says_what_to_ask_for(tiny_model: Model) -> None:
     with streamed(tiny_model(), "cpu", context=16) as model:
-        assert model(prompt(4, 4)).logits.shape == (4, 4, 211)
+        assert model(prompt(2, 4)).logits.shape == (2, 4, 211)
+        with pytest.raises(ConfigError, match=r"4 sequences of 4 tokens in a pass.* at most batch=4"):
+            model(prompt(4, 4))
         with pytest.raises(ConfigError, match=r"4 sequences of 5 tokens, expected at most 16.*batch=4"):
             model(prompt(4, 5))
         with pytest.raises(ConfigError, match="no tokens"):
@@ -174,6 +176,19 @@ def test_the_batch_has_room_or_says_what_to_ask_for(tiny_model: Model) -> None:
         assert model.runner.plan.fixed_bytes >= one + held * 3 // 4
     with pytest.raises(ConfigError, match="batch = 0"):
         streamed(tiny_model(), "cpu", batch=0)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_return_sequences": 4, "do_sample": True}], ids=str)
+def test_sequences_that_generate_adds_count_too(options: dict[str, Any], tiny_model: Model) -> None:
+    """Each has logits of its own, which a small plan has no room for."""
+    folder, ids = tiny_model(vocab_size=20_000), prompt(1, 8)
+    with streamed(folder, "cpu", context=64) as model:
+        with pytest.raises(ConfigError, match=r"4 sequences of 8 tokens in a pass, .* at most batch=4"):
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **options)
+        assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2).shape == (1, 10)
+    with streamed(folder, "cpu", context=64, batch=4) as model:
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **options)
+        assert written.shape[1] == 10
 
 
 @pytest.mark.gpu
@@ -466,7 +481,7 @@ def test_inputs_embeds_and_logits_to_keep(tiny_model: Model, device: str) -> Non
 @torch.no_grad()
 def test_logits_of_the_last_token_take_no_copy_of_the_head(batch: int, tiny_model: Model) -> None:
     """No budget counts one: a pass holds the logits themselves, and much less besides."""
-    with streamed(tiny_model(dtype="bfloat16", vocab_size=20_000), "cpu") as model:
+    with streamed(tiny_model(dtype="bfloat16", vocab_size=20_000), "cpu", batch=batch) as model:
         head = model.runner.resident["head"].nbytes
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             logits = model(prompt(batch), logits_to_keep=1).logits
