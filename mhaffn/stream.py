@@ -71,8 +71,9 @@ class Stream:
     """Weights on the device, sublayer after sublayer, by a plan.
 
     One pass at a time uses a stream. :meth:`weights` gives views that are valid on the current CUDA
-    stream inside the ``with`` block; out of order it starts again at the sublayer asked for. An error
-    of the reader or a damaged checksum ends the stream: each later call raises it again.
+    stream inside the ``with`` block; out of order, or after a pass that came to nothing streamed, it
+    starts again at the sublayer asked for. An error of the reader or a damaged checksum ends the
+    stream: each later call raises it again.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Stream:
         self._error: BaseException | None = None
         self._closing = threading.RLock()
         self._closed = self._stopping = self._freed_all = False
-        self._next = self._next_read = self._due = self._moving_pass = 0
+        self._next = self._next_pass = self._next_read = self._due = self._moving_pass = 0
         self._unhashed: SimpleQueue[_Read | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         if self._cycle:
@@ -142,7 +143,8 @@ class Stream:
         resident = self._residents.weights.get(sublayer)
         if resident is not None:
             return resident
-        if self._torn or self._held or self._cycle[self._next] != sublayer:  # held: an interrupt kept it from release
+        due = self._cycle[self._next] == sublayer and self._next_pass == self._trace.number
+        if self._torn or self._held or not due:  # held: an interrupt kept it from release
             self._torn = True
             self._stop()
             self._start(self._cycle.index(sublayer), self._trace.number)
@@ -151,6 +153,7 @@ class Stream:
         if arrival.sublayer != sublayer:
             raise StreamError(f"got {arrival.sublayer} where {sublayer} was due; the next pass starts again")
         self._next = (self._next + 1) % len(self._cycle)
+        self._next_pass += self._next == 0
         self._held.append(arrival)
         if arrival.event is not None:
             self._device.compute_after(arrival.event)
@@ -207,7 +210,7 @@ class Stream:
             raise self._error.with_traceback(None)
         position = self._positions[self._cycle[index]]
         ahead = (i for i, sublayer in enumerate(self._on_ssd) if self._positions[sublayer] >= position)
-        self._next, self._next_read = index, next(ahead, 0)
+        self._next, self._next_pass, self._next_read = index, number, next(ahead, 0)
         self._due, self._moving_pass = index, number
         self._stopping = False
         self._unhashed = SimpleQueue()

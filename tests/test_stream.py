@@ -363,6 +363,29 @@ def test_a_pass_that_ends_early_starts_again_at_the_first_sublayer(tiny_model: M
             assert greedy(model) == expected
 
 
+@pytest.mark.parametrize("copies", [False, True])
+def test_after_a_pass_that_came_to_nothing_streamed_the_trace_tells_right(
+    copies: bool, tiny_model: Model, request: pytest.FixtureRequest
+) -> None:
+    if copies:
+        request.getfixturevalue("copying")
+    folder = tiny_model()
+    expected = resident_tokens(folder)
+    with load_placed(folder, ("gpu", "ssd", "dram", "ssd", "gpu", "ssd"), device="cpu") as model:
+        assert greedy(model) == expected
+        for _ in range(2):
+            fail_once_at(model, Sublayer(0, "mha"))
+            with pytest.raises(ZeroDivisionError):
+                greedy(model)
+        assert greedy(model) == expected
+        trace = model.runner.trace
+    numbers = [run.number for run in trace.passes]
+    assert numbers == [*range(1, 7), *range(9, 15)]
+    spans = {(span.lane, span.sublayer, span.number): span for span in trace.spans}
+    for number, sublayer in itertools.product(numbers, model.runner.plan.streamed("ssd")):
+        assert spans["ssd", sublayer, number].end_s <= spans[sublayer.kind, sublayer, number].start_s
+
+
 def fail_once_at(model: mhaffn.StreamedLlama, sublayer: Sublayer) -> None:
     block = model.runner.blocks[sublayer.layer]
     module = block.mha if sublayer.kind == "mha" else block.ffn
