@@ -364,6 +364,35 @@ def test_a_pass_that_ends_early_starts_again_at_the_first_sublayer(tiny_model: M
 
 
 @pytest.mark.parametrize("copies", [False, True])
+def test_after_passes_that_failed_anywhere_memory_is_used_again_and_checked(
+    copies: bool, tiny_model: Model, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if copies:
+        request.getfixturevalue("copying")
+    folder = tiny_model(hidden_size=576, intermediate_size=1024)
+    expected = resident_tokens(folder)
+    packed = pack(folder, tmp_path / "packed")
+    with load_placed(packed.path, ("ssd", "ssd", "dram", "ssd", "gpu", "ssd"), device="cpu") as model:
+        for sublayer in order(3):
+            fail_once_at(model, sublayer)
+            with pytest.raises(ZeroDivisionError):
+                greedy(model)
+            assert greedy(model) == expected
+        report = make_report(model.runner.trace, "decode")
+        assert report is not None and report.checks is not None
+        streamed = sum(packed.sublayers[s].nbytes for s in model.runner.plan.streamed("ssd"))
+        assert report.checks.nbytes == streamed, "all that was read for a pass, and once"
+        info = model.runner.staging_info()
+        assert info is not None and info.leaked_bytes == 0
+        assert 0 < info.peak_leased_bytes <= model.runner.plan.staging_bytes
+        with Path(packed.sublayers[Sublayer(2, "ffn")].tensors[0].path).open("r+b") as file:
+            file.seek(-5, os.SEEK_END)
+            file.write(bytes(5))
+        with pytest.raises(ChecksumError, match="layer 2 ffn"):
+            greedy(model, 12)
+
+
+@pytest.mark.parametrize("copies", [False, True])
 def test_after_a_pass_that_came_to_nothing_streamed_the_trace_tells_right(
     copies: bool, tiny_model: Model, request: pytest.FixtureRequest
 ) -> None:
