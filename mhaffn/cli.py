@@ -454,9 +454,17 @@ def plan(
     if (model is None) == (measured is None):
         raise ConfigError("give a MODEL, or --measured FILE")
     if measured is not None:
+        others = {
+            "profile": profile, "gpu": gpu, "dram": dram, "ssd": ssd, "h2d": h2d, "hbm": hbm, "tflops": tflops,
+            "mha": mha, "ffn": ffn,
+        }  # fmt: skip
+        for name, value in others.items():
+            if value is not None:
+                raise ConfigError(f"got --{name} beside --measured, whose file has all figures: change them there")
         figures = Measured.read(measured)
-        found = outlook(figures)
-        shown = planning.analysis(figures, analyse(figures), found)
+        layers, steps = analyse(figures), outlook(figures)
+        shown = planning.analysis(figures, layers, steps)
+        values: object = planning.analysis_to_dict(figures, layers, steps)
     else:
         config, stored = SHAPES.get(str(model)), None
         if config is None:
@@ -485,8 +493,9 @@ def plan(
         formats = Formats.parse(mha, ffn)
         formats.check(config)
         found, shown = planning.plan_for(config, machine, source, formats or None, stored)
+        values = planning.to_dict(found)
     (console if json_file == Path("-") else Console()).print(shown)
-    _write_json(planning.to_dict(found), json_file)
+    _write_json(values, json_file)
 
 
 @app.command()

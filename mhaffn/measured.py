@@ -60,6 +60,18 @@ def _from_dict(values: Mapping[str, Any]) -> Measured:
             raise ValueError(f"milliseconds must be positive: {found}")
         return found
 
+    def count(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} = {value!r}, expected a whole number from 1 up")
+        return value
+
+    def memory(name: str) -> int:
+        gib = float(values[name])
+        if not 0 <= gib < float("inf"):
+            raise ValueError(f"{name} = {gib}, expected 0 or more")
+        return int(gib * 2**30)
+
+    published = values.get("published_intermediate_size")
     return Measured(
         name=str(values["name"]),
         config=ModelConfig.from_dict(
@@ -77,13 +89,13 @@ def _from_dict(values: Mapping[str, Any]) -> Measured:
             },
             where="measured figures",
         ),
-        prompt_tokens=int(values["prompt_tokens"]),
+        prompt_tokens=count("prompt_tokens", values["prompt_tokens"]),
         compute_ms={phase: by_kind(values["compute_ms"][phase]) for phase in PHASES},
         h2d_ms=by_kind(values["h2d_ms"]),
         ssd_ms=by_kind(values["ssd_ms"]),
-        gpu=int(float(values["gpu_gib"]) * 2**30),
-        dram=int(float(values["dram_gib"]) * 2**30),
-        published_intermediate_size=values.get("published_intermediate_size"),
+        gpu=memory("gpu_gib"),
+        dram=memory("dram_gib"),
+        published_intermediate_size=None if published is None else count("published_intermediate_size", published),
     )
 
 
@@ -145,6 +157,12 @@ def analyse(measured: Measured) -> dict[Phase, Layer]:
     return {phase: Layer(phase, measured.compute_ms[phase], io_ms, h2d_ms, ssd_ms) for phase in PHASES}
 
 
+def steps(measured: Measured, phase: Phase) -> dict[str, float]:
+    """Milliseconds of what one layer does when one step follows the other."""
+    links = {"compute": measured.compute_ms[phase], "host to GPU": measured.h2d_ms, "SSD": measured.ssd_ms}
+    return {f"{kind.upper()} {link}": times[kind] for link, times in links.items() for kind in KINDS}
+
+
 def outlook(measured: Measured) -> list[Forecast]:
     """The whole model on that machine, step by step: streamed, with DRAM, with the GPU, with a narrower FFN.
 
@@ -172,8 +190,8 @@ def _steps(config: ModelConfig, measured: Measured, ffn_scale: float, prefix: st
         },
         work=Workload(tokens=measured.prompt_tokens, context=2 * measured.prompt_tokens),
     )
-    dram = replace(machine, dram=measured.dram)
-    both = replace(dram, gpu=measured.gpu)
+    dram = replace(machine, dram=measured.dram or None)
+    both = replace(dram, gpu=measured.gpu or None)
     return [
         forecast(f"{prefix}all from SSD", config, machine),
         forecast(f"{prefix}+ {measured.dram / 2**30:.0f} GiB DRAM", config, dram),

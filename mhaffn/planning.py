@@ -12,7 +12,7 @@ from rich.text import Text
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer
 from mhaffn.forecast import PHASES, Forecast, Machine, Stored, changes
 from mhaffn.formats import Formats
-from mhaffn.measured import Layer, Measured
+from mhaffn.measured import Layer, Measured, steps
 from mhaffn.plan import TIERS, Sizes, Workload
 from mhaffn.profile import Profile
 from mhaffn.simulate import Links
@@ -129,9 +129,9 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:#.3g}"
 
 
-def analysis(measured: Measured, layers: Mapping[Phase, Layer], steps: Sequence[Forecast]) -> RenderableType:
+def analysis(measured: Measured, layers: Mapping[Phase, Layer], outlook: Sequence[Forecast]) -> RenderableType:
     """The derived figures of measured sublayers, the cross-layer bound, and the outlook for the whole model."""
-    parts: list[RenderableType] = [Text(measured.name, style="bold")]
+    parts: list[RenderableType] = [Text(measured.name, style="bold"), _weights_table(measured), _steps_table(measured)]
     for phase, layer in layers.items():
         table = Table(title=f"{phase}, one layer, ms", title_justify="left")
         for column in ("", "compute", "share", "I/O", "bound", "wait", "prefetch layers"):
@@ -149,7 +149,9 @@ def analysis(measured: Measured, layers: Mapping[Phase, Layer], steps: Sequence[
                 f"bound {layer.bound_ms:.2f} ({layer.bound_speedup:.2f}×)\n"
             ),
         ]
-    parts.append(_forecast_table(steps, f"{measured.config.num_layers} layers, one pass, each step on top of the last"))
+    parts.append(
+        _forecast_table(outlook, f"{measured.config.num_layers} layers, one pass, each step on top of the last")
+    )
     if measured.published_intermediate_size:
         parts.append(
             Text(
@@ -158,6 +160,67 @@ def analysis(measured: Measured, layers: Mapping[Phase, Layer], steps: Sequence[
             )
         )
     return Group(*parts)
+
+
+def _weights_table(measured: Measured) -> Table:
+    """Bytes of a layer, and how fast they were moved."""
+    table = Table(title="weights, one layer", title_justify="left")
+    for column in ("", "GiB", "share", "host to GPU ms", "GiB/s", "SSD ms", "GiB/s"):
+        table.add_column(column, justify="right")
+    sizes = Sizes(measured.config, "bfloat16")
+    gib = {kind: sizes.weights(Sublayer(0, kind)) / 2**30 for kind in KINDS}
+    total = sum(gib.values())
+    rows = [(kind.upper(), gib[kind], measured.h2d_ms[kind], measured.ssd_ms[kind]) for kind in KINDS]
+    rows.append(("both", total, sum(measured.h2d_ms.values()), sum(measured.ssd_ms.values())))
+    for name, size, h2d_ms, ssd_ms in rows:
+        table.add_row(
+            name, f"{size:.3f}", f"{size / total:.0%}",
+            f"{h2d_ms:.2f}", f"{size / h2d_ms * 1e3:.2f}", f"{ssd_ms:.2f}", f"{size / ssd_ms * 1e3:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _steps_table(measured: Measured) -> Table:
+    """One step after the other, with shares of that time, and how much shorter decode's are."""
+    table = Table(title="one step after the other, one layer", title_justify="left")
+    for column in ("", "prefill ms", "share", "decode ms", "share", "prefill / decode"):
+        table.add_column(column, justify="right")
+    prefill, decode = (steps(measured, phase) for phase in PHASES)
+    total, last = (sum(measured.compute_ms[phase].values()) for phase in PHASES)
+    for name in prefill:
+        ratio = f"{prefill[name] / decode[name]:.1f}×" if name.endswith("compute") else ""
+        table.add_row(
+            name, f"{prefill[name]:.2f}", f"{prefill[name] / sum(prefill.values()):.1%}",
+            f"{decode[name]:.2f}", f"{decode[name] / sum(decode.values()):.1%}", ratio,
+        )  # fmt: skip
+    table.add_row("compute", f"{total:.2f}", "", f"{last:.2f}", "", f"{total / last:.1f}×")
+    return table
+
+
+def analysis_to_dict(
+    measured: Measured, layers: Mapping[Phase, Layer], outlook: Sequence[Forecast]
+) -> dict[str, object]:
+    """What :func:`analysis` shows, for JSON; times in milliseconds but in ``outlook``, as :func:`to_dict` has them."""
+    return {
+        "name": measured.name,
+        "layers": {
+            phase: {
+                "serial_ms": layer.serial_ms, "ideal_ms": layer.ideal_ms, "bound_ms": layer.bound_ms,
+                "ideal_speedup": layer.ideal_speedup, "bound_speedup": layer.bound_speedup,
+                "steps_ms": steps(measured, phase),
+                "sublayers": {
+                    kind: {
+                        "compute_ms": layer.compute_ms[kind], "compute_share": layer.compute_share(kind),
+                        "io_ms": layer.io_ms[kind], "bound_ms": layer.sublayer_bound_ms(kind),
+                        "wait_ms": layer.wait_ms(kind), "prefetch_layers": layer.prefetch_layers(kind),
+                    }
+                    for kind in KINDS
+                },
+            }
+            for phase, layer in layers.items()
+        },
+        "outlook": to_dict(outlook),
+    }  # fmt: skip
 
 
 def to_dict(found: Sequence[Forecast]) -> list[dict[str, object]]:

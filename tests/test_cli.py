@@ -346,10 +346,22 @@ def test_a_plan_of_a_small_model_has_digits(here: Here) -> None:
 
 
 def test_plan_of_measured_figures(here: Here) -> None:
-    code, out, _ = here("plan", "--measured", Path(__file__).parent / "data" / "seed.json")
+    seed = Path(__file__).parent / "data" / "seed.json"
+    code, out, _ = here("plan", "--measured", seed)
     assert code == 0
     for piece in ("391.88", "294.97", "1.33×", "193.24", "213.52", "1.01×", "104", "91", "F 28672"):
         assert piece in out
+    for piece in ("0.281", "67%", "41.73", "4.38", "38.9%", "32.9%", "59.8%", "224.1×", "16.5×"):
+        assert piece in out, "sizes, speeds, shares of the time of one step after the other, decode beside prefill"
+    code, out, _ = here("plan", "--measured", seed, "--json", "-")
+    values = json.loads(out)
+    assert code == 0 and values["outlook"][0]["name"] == "all from SSD"
+    decode = values["layers"]["decode"]
+    assert decode["serial_ms"] == pytest.approx(215.77, abs=0.011)
+    assert decode["sublayers"]["ffn"]["wait_ms"] == pytest.approx(140.97, abs=0.011)
+    assert decode["steps_ms"]["FFN SSD"] == 129.01
+    code, _, err = here("plan", "--measured", seed, "--gpu", "8GiB")
+    assert code == 2 and "got --gpu beside --measured" in err
 
 
 def test_pack_in_few_bits_says_what_it_wrote(tiny_model: Model, tmp_path: Path, here: Here) -> None:

@@ -87,6 +87,11 @@ def test_outlook_reaches_the_bound_and_shows_both_widths(seed: Measured) -> None
         ({"layers": "many"}, "many"),
         ({"h2d_ms": {"mha": 0, "ffn": 1}}, "must be positive"),
         ({"compute_ms": {"prefill": {"mha": 1, "ffn": 1}}}, "decode"),
+        ({"prompt_tokens": 0}, "prompt_tokens = 0"),
+        ({"dram_gib": -1}, "dram_gib = -1.0"),
+        ({"gpu_gib": float("inf")}, "gpu_gib = inf"),
+        ({"published_intermediate_size": -5}, "published_intermediate_size = -5"),
+        ({"published_intermediate_size": "28672"}, "published_intermediate_size = '28672'"),
     ],
 )
 def test_figures_that_cannot_be_used_are_named(change: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -96,3 +101,9 @@ def test_figures_that_cannot_be_used_are_named(change: dict[str, object], messag
         Measured.read(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         Measured.read(tmp_path / "missing.json")
+
+
+def test_a_machine_may_lend_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(json.loads(SEED.read_text()) | {"dram_gib": 0, "gpu_gib": 0}))
+    assert all(step.plan.count("ssd") == 160 for step in outlook(Measured.read(path)))
