@@ -426,8 +426,12 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option(min=0.1, help="bf16 TFLOP/s the GPU reaches (unmeasured: 100).")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 2048,
-    context: Annotated[int, typer.Option(min=1, help="Positions in the KV cache.")] = 4096,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the prefill [2048, or what the model knows, if less].")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Positions in the KV cache [4096, or what the model knows, if less].")
+    ] = None,
     mha: FormatOption = None,
     ffn: FormatOption = None,
     json_file: Annotated[
@@ -456,7 +460,7 @@ def plan(
     if measured is not None:
         others = {
             "profile": profile, "gpu": gpu, "dram": dram, "ssd": ssd, "h2d": h2d, "hbm": hbm, "tflops": tflops,
-            "mha": mha, "ffn": ffn,
+            "prompt-tokens": prompt_tokens, "context": context, "mha": mha, "ffn": ffn,
         }  # fmt: skip
         for name, value in others.items():
             if value is not None:
@@ -488,7 +492,14 @@ def plan(
         if profile is None and Profile.default_path().exists():
             profile = Profile.default_path()
         known = None if profile is None else Profile.read(profile)
-        work = Workload(tokens=prompt_tokens, context=max(context, prompt_tokens))
+        known_positions = config.max_position_embeddings
+        tokens = prompt_tokens or min(2048, known_positions)
+        work = Workload(tokens=tokens, context=max(context or min(4096, known_positions), tokens))
+        if work.context > known_positions:
+            raise ConfigError(
+                f"got a context of {work.context}, expected at most {known_positions}, the positions this model "
+                "knows: change --context or --prompt-tokens"
+            )
         machine, source = planning.machine_for(config, given, known, work)
         formats = Formats.parse(mha, ffn)
         formats.check(config)

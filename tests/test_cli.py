@@ -306,12 +306,18 @@ def test_plan_needs_only_a_config(tmp_path: Path, here: Here) -> None:
     code, out, err = here("plan", tmp_path, "--dram", "64GiB", "--json", tmp_path / "plan.json")
     assert code == 0, err
     assert "bound by SSD" in out and "FFN in int4" in out
+    assert "one token guessed right in each pass is 2× faster" in " ".join(out.split())
     first = json.loads((tmp_path / "plan.json").read_text())[0]
     assert first["gpu_bytes"] <= 16 << 30 and first["dram_bytes"] <= 64 << 30
     decode = first["passes"]["decode"]
     assert decode["seconds"] >= decode["bound_s"] * 0.999 > 5
     code, _, err = here("plan", tmp_path, "--gpu", "4GiB")
     assert code == 2 and "needs at least" in err
+    for option in ("--context", "--prompt-tokens"):
+        code, _, err = here("plan", tmp_path, option, 131073)
+        assert code == 2 and "context of 131073, expected at most 131072" in err
+    code, out, _ = here("plan", tmp_path, "--dram", "200GiB", "--ffn", "int4", "--mha", "int4", "--hbm", "10GB")
+    assert code == 0 and "decode: bound by compute" in out and "guessed" not in out
     code, _, err = here("plan")
     assert code == 2 and "MODEL, or --measured" in err
 
