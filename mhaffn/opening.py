@@ -60,9 +60,11 @@ def open_runner(
     for name, value, choices in (("engine", engine, get_args(Engine)), ("direct", direct, get_args(Direct))):
         if value not in choices:
             raise ConfigError(f"got {name} = {value!r}, expected one of {', '.join(choices)}")
+    limits = {"context": CONTEXT if context is None else context, "tokens": CONTEXT if tokens is None else tokens}
+    for name, count in (limits | {"batch": batch}).items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigError(f"got {name} = {count!r}, expected a whole number of at least 1")
     context = _context_length(store.config, context)
-    if batch < 1:
-        raise ConfigError(f"got batch = {batch}, expected at least 1")
     device = choose_device(device)
     copies = device.type == "cuda"
     if not copies and gpu != "auto" and resolve_budget(gpu, lambda: 0):
@@ -86,6 +88,6 @@ def open_runner(
 
 def _context_length(config: ModelConfig, context: int | None) -> int:
     limit = config.max_position_embeddings
-    if context is not None and not 0 < context <= limit:
+    if context is not None and context > limit:
         raise ConfigError(f"got context = {context}, expected 1 to {limit}, the positions this model knows")
     return context or min(CONTEXT, limit)

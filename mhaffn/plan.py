@@ -236,6 +236,8 @@ def make_plan(
 
 def _check_placed(tiers: Mapping[Sublayer, Tier], config: ModelConfig) -> None:
     """Every sublayer of the model is placed, nothing else, and on tiers there are."""
+    if not isinstance(tiers, Mapping):
+        raise ConfigError(f"got tiers of type {type(tiers).__name__}, expected a mapping of sublayers to tiers")
     sublayers = list(order(config.num_layers))
     for sublayer in (*sublayers, *(key for key in tiers if key not in sublayers)):
         tier = tiers.get(sublayer, "none")

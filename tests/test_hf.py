@@ -489,6 +489,13 @@ def test_logits_of_the_last_token_take_no_copy_of_the_head(batch: int, tiny_mode
         assert 0 < max(event.self_cpu_memory_usage for event in seen.key_averages()) < head / 2
 
 
+@pytest.mark.parametrize("name", ["context", "tokens", "batch"])
+@pytest.mark.parametrize("value", [0, -5, 1.5, "7", True])
+def test_limits_are_whole_numbers(name: str, value: object, tiny_model: Model) -> None:
+    with pytest.raises(ConfigError, match=f"got {name} = {value!r}, expected a whole number of at least 1"):
+        streamed(tiny_model(), "cpu", **{name: value})
+
+
 def test_gpu_tier_and_devices_are_checked(tiny_model: Model) -> None:
     with pytest.raises(ConfigError, match="the device is the CPU"):
         mhaffn.load(tiny_model(), gpu="1GiB", device="cpu")

@@ -339,6 +339,11 @@ def test_tiers_by_hand_of_other_sublayers_or_names_are_refused(change: dict[Any,
         make_plan(model(), "bfloat16", copies=True, work=WORK, tiers=tiers)
 
 
+def test_tiers_that_name_no_sublayers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="got tiers of type list, expected a mapping"):
+        make_plan(model(), "bfloat16", copies=True, work=WORK, tiers=["ssd"] * 16)  # type: ignore[arg-type]
+
+
 def test_sizes() -> None:
     config = model(layers=2, hidden=64, ffn=100, kv_heads=2, vocab=50)
     for dtype, itemsize in (("bfloat16", 2), ("float16", 2), ("float32", 4)):
