@@ -85,6 +85,8 @@ def _writable(path: Path | None) -> Path | None:
         raise ConfigError(f"{path} cannot be written: {path.parent} is no folder")
     if path is not None and path.is_dir():
         raise ConfigError(f"{path} cannot be written: it is a folder; give the name of a file in it")
+    if path not in (None, Path("-")) and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: no permission, or a disk mounted read-only; name another place")
     return path
 
 

@@ -132,7 +132,9 @@ def generate(
         if trace is not None:
             runner.trace.write_chrome(trace)
             console.print(f"trace written to {trace}", highlight=False)
-        if timeline is not None:
+        if timeline is not None and not runner.trace.passes:
+            console.print("no timeline drawn: not one pass came to its end", style="yellow")
+        elif timeline is not None:
             draw(runner.trace, timeline)
             console.print(f"timeline drawn in {timeline}", highlight=False)
     return written.finished

@@ -186,6 +186,29 @@ def test_ctrl_c_ends_with_the_summary(model: Path) -> None:
     assert "interrupted" in errors and "decode:" in errors and "Traceback" not in errors
 
 
+def test_ctrl_c_in_the_first_pass_leaves_no_timeline(
+    model: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mhaffn.hf.StreamedLlama.forward", interrupted)
+    timeline = tmp_path / "pass.png"
+    code, _, err = here("run", model, "-p", "w5", "--timeline", timeline)
+    assert code == 130, err
+    assert "interrupted" in err and "no timeline drawn: not one pass came to its end" in err
+    assert not timeline.exists()
+
+
+def test_a_file_that_cannot_be_written_is_told_before_long_work(
+    model: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trace.json"
+    monkeypatch.setattr("os.access", lambda asked, mode: (asked, mode) != (tmp_path, os.W_OK))
+    code, out, err = here("run", model, "-p", "w5", "--trace", path)
+    assert code == 2 and out == "" and f"{path} cannot be written: no permission" in err
+
+
 def test_pack_writes_a_store_and_refuses_a_full_folder(tiny_model: Model, tmp_path: Path, here: Here) -> None:
     code, _, err = here("pack", tiny_model(), tmp_path / "store", "--dtype", "bfloat16")
     assert code == 0 and "packed 6 sublayers, " in err and " (bfloat16), into " in err
