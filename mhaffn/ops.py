@@ -103,7 +103,7 @@ def rope_write(
     start ``[B]``, int32 or int64, on q's device: read there, and ``start + T <= S`` is the caller's to keep.
     """
     op = "rope_write"
-    _check_inference(op, q, k, v, cos, sin)
+    _check_inference(op, q, k, v, cos, sin, k_cache, v_cache)
     _check_tensors(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     _check_rope(op, q, k, cos, sin)
     _expect(v.shape == k.shape, op, "v shape", tuple(v.shape), f"{tuple(k.shape)}, that of k")
@@ -151,7 +151,7 @@ def linear(x: Tensor, weight: Tensor | Quantized) -> Tensor:
     contiguous, may be views into a larger buffer at any 16-byte aligned offset on CUDA, and x keeps its own dtype.
     """
     if isinstance(weight, Quantized):
-        _check_inference("linear", x)
+        _check_inference("linear", x, weight)
         plain = _check_tensors("linear", x=x)
         plain = _check_quantized("linear", "weight", weight, x, x.shape[-1]) and plain
         parts = (weight.values, weight.scales, weight.zeros, weight.format, weight.group)
@@ -180,7 +180,7 @@ def ffn(x: Tensor, w1: Tensor | Quantized, w3: Tensor | Quantized, w2: Tensor | 
         _check_ffn_shapes(x, w1, w3, w2)
         return linear(torch.nn.functional.silu(linear(x, w1)).mul_(linear(x, w3)), w2)
     records = [w1, w3, w2]
-    _check_inference("ffn", x)
+    _check_inference("ffn", x, *records)
     plain = _check_tensors("ffn", x=x)
     for name, record in zip(("w1", "w3", "w2"), records, strict=True):
         width = records[0].shape[0] if name == "w2" else x.shape[-1]
@@ -208,8 +208,14 @@ def _expect(holds: bool, op: str, what: str, got: object, expected: object) -> N
         raise ValueError(f"{op}: {what}: got {got}, expected {expected}")
 
 
-def _check_inference(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+def _requires_grad(t: Tensor | Quantized) -> bool:
+    if isinstance(t, Quantized):
+        return any(part is not None and part.requires_grad for part in (t.values, t.scales, t.zeros))
+    return t.requires_grad
+
+
+def _check_inference(op: str, *inputs: Tensor | Quantized) -> None:
+    if torch.is_grad_enabled() and any(map(_requires_grad, inputs)):
         raise RuntimeError(
             f"mhaffn.ops.{op} is for inference and has no backward: an input requires grad while gradients are "
             "enabled. Call it under torch.no_grad() or torch.inference_mode(), or detach the input."

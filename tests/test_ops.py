@@ -396,6 +396,29 @@ def test_gradients_are_refused_and_parameters_are_fine():
             ops.attention(x, x, x)
 
 
+@pytest.mark.parametrize("part", ["scales", "zeros"])
+def test_gradients_are_refused_of_every_part(part):
+    weight = random_weight("int4", 32, 32, 32, zeros=True)
+    learned = dataclasses.replace(weight, **{part: torch.nn.Parameter(getattr(weight, part))})
+    x = torch.randn(2, 32)
+    ops.linear(x, learned)
+    with torch.enable_grad():
+        ops.linear(x, weight)
+        with pytest.raises(RuntimeError, match="no backward"):
+            ops.linear(x, learned)
+        with pytest.raises(RuntimeError, match="no backward"):
+            ops.ffn(x, weight, weight, learned)
+
+
+def test_gradients_are_refused_of_caches():
+    q, start, angle = torch.randn(1, 1, 2, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4)
+    learned = torch.zeros(1, 4, 2, 8, requires_grad=True)
+    with torch.enable_grad():
+        for caches in ((learned, torch.zeros(1, 4, 2, 8)), (torch.zeros(1, 4, 2, 8), learned)):
+            with pytest.raises(RuntimeError, match="no backward"):
+                ops.rope_write(q, q, q, angle, angle, *caches, start)
+
+
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
