@@ -1,5 +1,6 @@
 """Every op through what PyTorch ships (cuBLAS, cuDNN, FlashAttention-2, oneDNN): the CPU path, and the CUDA path
-wherever no kernel of ours was measured faster. Arguments were checked by :mod:`mhaffn.ops`.
+wherever no kernel of ours was measured faster. Arguments were checked by :mod:`mhaffn.ops`. Under autocast the
+products of float32 tensors are made in its dtype, as PyTorch's are; results are always of the dtype of what was given.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def attention(
         # The heads of one group share their keys: as query rows of one head they are read once.
         grouped = q.reshape(b, h, hq // h, dim)
         out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-        return out.reshape(b, 1, hq, dim).contiguous()
+        return out.reshape(b, 1, hq, dim).contiguous().to(q.dtype)
     square = causal and t == s and kv_lens is None and mask is None
     allowed = None
     if not square:
@@ -63,7 +64,7 @@ def attention(
     may_be_empty = kv_lens is not None or mask is not None or (causal and t > s)
     if allowed is not None and may_be_empty:
         out = out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-    return out.transpose(1, 2).contiguous()
+    return out.transpose(1, 2).contiguous().to(q.dtype)
 
 
 def gated(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
@@ -76,11 +77,11 @@ def ffn(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Callable[..., Te
     rows = x.reshape(-1, x.shape[-1])
     chunk = max(1, FFN_CHUNK_BYTES // (w1.shape[0] * x.element_size()))
     if rows.shape[0] <= chunk:
-        return F.linear(gate_up(rows, w1, w3), w2).view(x.shape)
+        return F.linear(gate_up(rows, w1, w3), w2).to(x.dtype).view(x.shape)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     for start in range(0, rows.shape[0], chunk):
         part = slice(start, start + chunk)
-        torch.mm(gate_up(rows[part], w1, w3), w2.t(), out=out[part])
+        torch.mm(gate_up(rows[part], w1, w3).to(x.dtype), w2.t(), out=out[part])
     return out.view(x.shape)
 
 
@@ -113,7 +114,7 @@ def linear_in_chunks(
     chunk = max(1, DEQUANTIZED_BYTES // (width * x.element_size()))
     chunk = chunk // DEQUANTIZED_ROWS * DEQUANTIZED_ROWS or chunk
     if rows <= chunk:
-        return F.linear(x, dequantized(weight, x.dtype))
+        return F.linear(x, dequantized(weight, x.dtype)).to(x.dtype)
     out = x.new_empty((x.shape[0], rows))
     for first in range(0, rows, chunk):
         part = dequantized(rows_of(weight, first, first + chunk), x.dtype)

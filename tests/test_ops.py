@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhaffn import ops
-from mhaffn.kernels import reference
+from mhaffn.kernels import library, reference
 from mhaffn.quantized import dequantize
 
 from .kernels.weights import random_weight
@@ -417,6 +417,25 @@ def test_gradients_are_refused_of_caches():
         for caches in ((learned, torch.zeros(1, 4, 2, 8)), (torch.zeros(1, 4, 2, 8), learned)):
             with pytest.raises(RuntimeError, match="no backward"):
                 ops.rope_write(q, q, q, angle, angle, *caches, start)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention masked", "ffn", "linear_quantized", "ffn_quantized"])
+def test_results_under_autocast_are_of_the_dtype_given(name):
+    operator, arguments = cases()[name]
+    truth = operator(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = operator(*arguments)
+    torch.testing.assert_close(got, truth, rtol=0.05, atol=0.05 * truth.abs().max().item())  # and of its dtype
+
+
+def test_autocast_of_a_token_and_of_rows_in_chunks(monkeypatch):
+    x, w, q = torch.randn(6, 32), torch.randn(3, 48, 32) / 6, torch.randn(2, 1, 4, 8)
+    w2 = w[2].t().contiguous()
+    truth = ops.ffn(x, w[0], w[1], w2)
+    monkeypatch.setattr(library, "FFN_CHUNK_BYTES", 2 * 48 * 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ops.ffn(x, w[0], w[1], w2), truth, rtol=0.05, atol=0.05)
+        assert ops.attention(q, q, q).dtype == torch.float32
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
