@@ -1,10 +1,10 @@
 """A store: a model folder seen as sublayers whose bytes lie in safetensors files.
 
 The folder is an ordinary Hugging Face checkpoint, read in place – ``config.json`` beside
-``model.safetensors`` or ``model.safetensors.index.json`` with its shards – or one written by
-``mhaffn pack``, which is the same plus ``mhaffn.json``, the manifest with a checksum for each
-sublayer (:mod:`mhaffn.store.manifest`). There a matrix may be in few bits: its values then go by the
-weight's own name, scales and zero points by that name and a suffix.
+``model.safetensors``, or the only file of another name, or ``model.safetensors.index.json`` with its
+shards – or one written by ``mhaffn pack``, which is the same plus ``mhaffn.json``, the manifest with a
+checksum for each sublayer (:mod:`mhaffn.store.manifest`). There a matrix may be in few bits: its values
+then go by the weight's own name, scales and zero points by that name and a suffix.
 """
 
 from __future__ import annotations
@@ -238,6 +238,8 @@ class _Checkpoint:
             index = folder / FEW_BITS_INDEX_NAME
         if os.path.lexists(index):
             return _Checkpoint(folder, manifest, *_indexed(folder, index))
+        if manifest is None and not os.path.lexists(single):
+            single = _only_file(folder) or single
         if os.path.lexists(single):
             try:
                 return _Checkpoint(folder, manifest, {t.name: t for t in read_header(single).tensors}, {})
@@ -331,6 +333,17 @@ class _Checkpoint:
     def broken_besides(self, names: set[str]) -> dict[str, MhaffnError]:
         """What is wrong with tensors of other names."""
         return {name: error for name, error in self._broken.items() if name not in names}
+
+
+def _only_file(folder: Path) -> Path | None:
+    """The one safetensors file of a folder, whatever its name, as AutoGPTQ has it: gptq_model-4bit-128g.safetensors."""
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise StoreError(
+            f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}, and {len(found)} safetensors files: "
+            f"{', '.join(map(shown, found[:3]))}. Fetch the index, or leave one file there that holds the whole model."
+        )
+    return folder / found[0] if found else None
 
 
 def _indexed(folder: Path, index: Path) -> tuple[dict[str, TensorInfo], dict[str, MhaffnError]]:

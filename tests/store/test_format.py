@@ -94,6 +94,46 @@ def test_a_shard_in_a_subfolder(tmp_path: Path) -> None:
     assert any("part/a b.safetensors" in t.path for s in Store.open(tmp_path).sublayers.values() for t in s.tensors)
 
 
+def test_the_only_file_may_have_any_name(tmp_path: Path) -> None:
+    weights = write_model(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "llama-fp32.safetensors")
+    store = Store.open(tmp_path)
+    assert {Path(tensor.path).name for tensor in store.resident.values()} == {"llama-fp32.safetensors"}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})  # beside one of that name others do not count
+    store = Store.open(tmp_path)
+    assert {Path(tensor.path).name for tensor in store.resident.values()} == {"model.safetensors"}
+
+
+def test_several_files_of_other_names(tmp_path: Path) -> None:
+    write_model(tmp_path, shards=2)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(StoreError, match=r"2 safetensors files: 'model-00001-of-00002.*Fetch the index"):
+        Store.open(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()  # then it is taken for the whole
+    with pytest.raises(CorruptFileError, match="got no tensor"):
+        Store.open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "loop", "folder", "pipe", "empty"])
+def test_the_only_file_is_something_else(kind: str, tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "other.safetensors"
+    match kind:
+        case "link":
+            path.symlink_to("gone")
+        case "loop":
+            path.symlink_to(path)
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case _:
+            path.touch()
+    with pytest.raises(StoreError, match=r"other\.safetensors"):
+        Store.open(tmp_path)
+
+
 def test_tensors_no_one_asked_for_are_let_be(tmp_path: Path) -> None:
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "x": torch.ones(2, dtype=torch.int64)}
     write_model(tmp_path, weights=random_weights(CONFIG) | extra)

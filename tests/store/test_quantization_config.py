@@ -496,6 +496,14 @@ def test_settings_beside_the_config_are_held_to_the_same(
     assert str(tmp_path) in str(caught.value)
 
 
+def test_weights_in_a_file_of_another_name(tmp_path: Path) -> None:
+    """As AutoGPTQ named it: by bits and group size."""
+    expected = write_beside(tmp_path / "model", GPTQ_4, GPTQ_FILE, OLD_GPTQ)
+    (tmp_path / "model/model.safetensors").rename(tmp_path / "model/gptq_model-4bit-128g.safetensors")
+    expect(tmp_path / "model", expected, format="int4")
+    assert pack(tmp_path / "model", tmp_path / "packed").packed
+
+
 def test_the_config_counts_before_what_lies_beside_it(tmp_path: Path) -> None:
     expected = write(tmp_path, GPTQ_4, GPTQ)
     (tmp_path / GPTQ_FILE).write_text(json.dumps(OLD_GPTQ | {"bits": 8}))
