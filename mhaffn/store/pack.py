@@ -143,7 +143,8 @@ def _write(maker: Maker, target: Path, files: list[PackedFile], progress: Callab
 
 
 def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # half a surrogate pair, which JSON can have and UTF-8 cannot
 
 
 def _finished_checksum(path: Path) -> str | None:

@@ -136,6 +136,15 @@ def test_tokenizer_and_generation_files_come_along(source: Path, tmp_path: Path)
     assert not names & {"pytorch_model.bin", "pytorch_model.bin.index.json", "folder.json", "pipe.json"}
 
 
+def test_text_in_the_config_stays_what_it_is(tmp_path: Path) -> None:
+    """Half a surrogate pair too: JSON can have one, UTF-8 cannot."""
+    text = "Läma 羊 🦙 \ud800"
+    write_model(tmp_path / "source", note=text, **{text: [text]})
+    pack(tmp_path / "source", tmp_path / "store")
+    values = json.loads((tmp_path / "store" / "config.json").read_text(encoding="utf-8"))
+    assert values["note"] == text and values[text] == [text]
+
+
 def test_a_packed_store_packs_again_and_twice_the_same(source: Path, tmp_path: Path) -> None:
     pack(source, tmp_path / "a")
     pack(source, tmp_path / "b")
