@@ -91,7 +91,7 @@ def _writable(path: Path | None) -> Path | None:
 
 
 def _text_or_random(path: Path | None) -> Path | None:
-    if path is not None and path != RANDOM and not path.is_file():
+    if path is not None and path != RANDOM and (not os.path.exists(path) or path.is_dir()):  # noqa: PTH110 – never raises
         raise ConfigError(f"got --calibrate {path}, expected a text file, or random for tokens drawn at random")
     return path
 

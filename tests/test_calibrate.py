@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,12 @@ def test_pack_takes_a_text(tiny_model: Model, tmp_path: Path, monkeypatch: pytes
     assert run(source, tmp_path / "told", *formats, "--calibrate", tmp_path / "text") == 0
     name = "layer-001-ffn.safetensors"
     assert (tmp_path / "told" / name).read_bytes() != (tmp_path / "plain" / name).read_bytes()
+    inlet, outlet = os.pipe()  # as of <(head -c 100000 text)
+    os.write(outlet, (tmp_path / "text").read_bytes())
+    os.close(outlet)
+    assert run(source, tmp_path / "piped", *formats, "--calibrate", f"/dev/fd/{inlet}") == 0
+    os.close(inlet)
+    assert (tmp_path / "piped" / name).read_bytes() == (tmp_path / "told" / name).read_bytes()
     store = Store.open(tmp_path / "told")
     assert {str(r.format) for s in store.sublayers.values() for r in s.records} == {"plain", "int4:64", "int8"}
     again = [importance_of(open_source(source), tmp_path / "text") for _ in range(2)]

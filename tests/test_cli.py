@@ -406,6 +406,8 @@ def test_pack_in_few_bits_says_what_it_wrote(tiny_model: Model, tmp_path: Path, 
         (("--ffn", "int3"), "got format 'int3', expected plain, int8, int4, fp8"),
         (("--layers", "7=plain"), "expected layers from 0 to 2"),
         (("--calibrate", tmp_path / "none"), "expected a text file, or random for tokens drawn at random"),
+        (("--calibrate", tmp_path), "expected a text file, or random for tokens drawn at random"),
+        (("--calibrate", "x" * 300), "expected a text file, or random for tokens drawn at random"),
     ]:
         code, _, err = here("pack", source, tmp_path / "other", *words)
         assert code == 2 and message in err, err
