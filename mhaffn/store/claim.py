@@ -166,31 +166,36 @@ def _check_same(folder: Path, content: bytes, claimed: dict[str, Any], placement
             f"{folder} holds an unfinished pack {_described(found)}, got one {_described(claimed)}. Go on with the "
             f"same folders, or remove those files and {folder} to begin again."
         )
-    if differing == {"device"}:
-        raise StoreError(
-            f"{folder} holds an unfinished pack whose scales were searched on {shown(found.get('device'))}, and would "
-            f"go on on {shown(claimed['device'])}, which gives other bits. Go on as it began, or remove it."
-        )
-    if differing == {"search"}:
-        begun = shown(found["search"]) if "search" in found else "an earlier one"
-        raise StoreError(
-            f"{folder} holds an unfinished pack whose scales were found by search {begun}, and would go on by "
-            f"{shown(claimed['search'])}, which may give other bits. Go on with the version that it began with, or "
-            f"remove it."
-        )
-    if differing == {"importance"}:
-        raise StoreError(
-            f"{folder} holds an unfinished pack whose scales were chosen {_calibrated(found)}, and would go on "
-            f"{_calibrated(claimed)}. Go on with the same --calibrate, on as many cores, or remove it."
-        )
+    if differing <= {"device", "search", "importance"} and "device" in found and "device" in claimed:
+        raise StoreError(f"{folder} holds an unfinished pack whose scales {_other_scales(found, claimed)}")
     raise StoreError(
         f"{folder} holds an unfinished pack of another model, another dtype or other formats, or files that changed "
         f"since. Remove it, or finish that one."
     )
 
 
+def _other_scales(found: dict[str, Any], claimed: dict[str, Any]) -> str:
+    """What makes scales that are searched now others than those before: the first reason, since each may bring more."""
+    if found.get("search") != claimed["search"]:
+        begun = shown(found["search"]) if "search" in found else "an earlier one"
+        return (
+            f"were found by search {begun}, and would go on by {shown(claimed['search'])}, which may give other bits. "
+            f"Go on with the version that it began with, or remove it."
+        )
+    if found["device"] != claimed["device"]:
+        return (
+            f"were searched on {shown(found['device'])}, and would go on on {shown(claimed['device'])}, which gives "
+            f"other bits. Go on as it began, or remove it."
+        )
+    return (
+        f"were chosen {_calibrated(found)}, and would go on {_calibrated(claimed)}. Go on with the same --calibrate, "
+        f"on as many cores, or remove it."
+    )
+
+
 def _calibrated(claimed: dict[str, Any]) -> str:
-    return f"by what a text makes of columns ({shown(claimed['importance'])})" if "importance" in claimed else "by none"
+    told = claimed.get("importance")
+    return "by weights alone" if told is None else f"by which columns matter ({shown(told)})"
 
 
 def _described(claimed: dict[str, Any]) -> str:

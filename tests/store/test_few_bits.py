@@ -154,7 +154,7 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(
             pack(source, target, formats=other, device="cpu")
     with pytest.raises(StoreError, match="searched on 'cpu', and would go on on 'cuda'"):
         pack(source, target, formats=MIXED, device="cuda")
-    with pytest.raises(StoreError, match="chosen by none, and would go on by what a text makes"):
+    with pytest.raises(StoreError, match="chosen by weights alone, and would go on by which columns matter"):
         pack(source, target, formats=MIXED, device="cpu", importance=lambda _: {W1: torch.ones(64)})
     pack(source, target, formats=MIXED, device="cpu")
     names = sorted(path.name for path in packed.iterdir())
@@ -238,9 +238,44 @@ def test_what_a_calibrated_pack_is_told_to_go_on(source: Path, tmp_path: Path) -
     with pytest.raises(StoreError, match="Run the same `mhaffn pack` again"):
         Store.open(tmp_path / "store")
     for other in ({W1: torch.ones(64).index_fill(0, torch.tensor(3), 2)}, {W1.replace("gate", "up"): torch.ones(64)}):
-        with pytest.raises(StoreError, match=r"what a text makes of columns .* Go on with the same --calibrate"):
+        with pytest.raises(StoreError, match=r"which columns matter .* Go on with the same --calibrate"):
             pack(source, tmp_path / "store", formats=formats, importance=lambda _, other=other: other)  # type: ignore[misc]
     pack(source, tmp_path / "store", formats=formats, importance=importance)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"device": "cuda", "importance": "0"}, "searched on 'cuda', and would go on on 'cpu'"),
+        ({"search": "0", "importance": "0"}, "found by search '0', and would go on by"),
+        ({"search": "0", "device": "cuda"}, "found by search '0', and would go on by"),
+        ({"importance": [None]}, r"chosen by which columns matter \(\[None\]\), and would go on by weights alone"),
+        ({"search": ["x" * 9999], "device": 7}, r"found by search \['xx"),
+        ({"formats": [], "device": "cuda"}, "another dtype or other formats"),
+    ],
+)
+def test_a_pack_that_several_things_keep_from_going_on(
+    other: dict[str, object], words: str, source: Path, tmp_path: Path
+) -> None:
+    """Another torch, or a GPU gone, also makes other numbers of the same text: it is named, not the text."""
+    formats, target = Formats.parse(ffn="int4:64"), tmp_path / "store"
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, target, formats=formats, device="cpu", progress=stop_at("layer-001-mha.safetensors"))
+    state = target / "mhaffn-pack.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | other, indent=1))
+    with pytest.raises(StoreError, match=words) as caught:
+        pack(source, target, formats=formats, device="cpu")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["device", "search", "importance"])
+def test_a_plain_pack_with_the_state_of_another(name: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, tmp_path / "store", progress=stop_at("layer-001-mha.safetensors"))
+    state = tmp_path / "store" / "mhaffn-pack.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {name: "cpu"}, indent=1))
+    with pytest.raises(StoreError, match="another dtype or other formats"):
+        pack(source, tmp_path / "store")
 
 
 def test_importance_of_what_is_not_there_or_not_quantised(source: Path, tmp_path: Path) -> None:
