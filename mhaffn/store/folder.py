@@ -160,7 +160,8 @@ class QuantizedFolderSource(FolderSource):
 def quantization(path: Path) -> tuple[Path, object] | None:
     """How the folder's weights are quantised, and the file that says so: config.json, or one of :data:`SETTINGS`.
 
-    None where no file says it, or it is a packed store.
+    None where no file says it, or it is a packed store. Raises :class:`UnsupportedModelError` where two contradict
+    each other.
     """
     try:
         found = read_json_object(path / "config.json", ConfigError, _FETCH_AGAIN).get("quantization_config")
@@ -170,12 +171,20 @@ def quantization(path: Path) -> tuple[Path, object] | None:
         return None
     if found not in (None, {}):
         return path / "config.json", found
+    beside = []
     for name, method in SETTINGS.items():
         try:
-            return path / name, {"quant_method": method} | read_json_object(path / name, ConfigError, _FETCH_AGAIN)
+            values = read_json_object(path / name, ConfigError, _FETCH_AGAIN)
         except FileNotFoundError:
             continue
-    return None
+        beside.append((path / name, {"quant_method": method} | values))
+    methods = {shown(values["quant_method"]): file.name for file, values in beside}
+    if len(methods) > 1:
+        said = " and ".join(f"{method} in {name}" for method, name in methods.items())
+        raise UnsupportedModelError(
+            f"{path}: got quant_method = {said}, expected one. Remove the file that its weights are not made by."
+        )
+    return beside[0] if beside else None
 
 
 def _layout(settings: Path, config: object) -> Layout:

@@ -200,7 +200,7 @@ def check_groups(linear: Linear, groups: int, sizes: Collection[int]) -> None:
     columns = linear.shape[1]
     lengths = {columns if size == -1 else min(size, columns) for size in sizes}
     divide = {length for length in lengths if columns % length == 0}
-    says = f"group_size = {' or '.join(map(str, sorted(sizes)))}"
+    says = f"group_size = {' or '.join(map(shown, sorted(sizes)))}"
     if not divide:
         raise linear.unsupported(f"got {says} for rows of {columns} columns, expected one that divides them")
     if groups not in {columns // length for length in divide}:

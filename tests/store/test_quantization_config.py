@@ -473,6 +473,9 @@ REFUSED_BESIDE: list[tuple[Packer, str, Any, type[MhaffnError], str]] = [
     (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"bits": 3}, UnsupportedModelError, "bits = 3, expected 4 or 8"),
     (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"bits": 8}, CorruptFileError, "4 bits, expected bits = 8"),
     (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"group_size": 64}, CorruptFileError, "scales of 2 groups, expected 4"),
+    (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"group_size": 10**4000}, CorruptFileError, r"group_size = 10+\.\.\.0+\."),
+    (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"bits": float("nan")}, UnsupportedModelError, "bits = nan, expected 4 or 8"),
+    (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"bits": "4"}, UnsupportedModelError, "bits = '4', expected 4 or 8"),
     (GPTQ_ZEROS, GPTQ_FILE, OLD_GPTQ, CorruptFileError, "expected 8 everywhere, as sym = true says"),
     (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"quant_method": "marlin"}, UnsupportedModelError, "quant_method = 'marlin'"),
     (GPTQ_4, GPTQ_FILE, OLD_GPTQ | {"is_marlin_format": True}, UnsupportedModelError, "is_marlin_format = True"),
@@ -494,6 +497,21 @@ def test_settings_beside_the_config_are_held_to_the_same(
     with pytest.raises(kind, match=words) as caught:
         open_source(tmp_path).weight(MATRIX)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("packer", "file", "config"), [(GPTQ_4, GPTQ_FILE, OLD_GPTQ), (AWQ_4, AWQ_FILE, OLD_AWQ)])
+def test_two_settings_beside_the_config(packer: Packer, file: str, config: dict[str, Any], tmp_path: Path) -> None:
+    """Of two methods none is guessed at; of one method, the first counts."""
+    expected = write_beside(tmp_path, packer, file, config)
+    other = AWQ_FILE if file == GPTQ_FILE else GPTQ_FILE
+    (tmp_path / other).write_text("{}")
+    words = r"quant_method = 'gptq' in quantize_config.json and 'awq' in quant_config.json, expected one\. Remove"
+    with pytest.raises(UnsupportedModelError, match=words):
+        open_source(tmp_path)
+    method = "gptq" if file == GPTQ_FILE else "awq"
+    (tmp_path / GPTQ_FILE).write_text(json.dumps(config | {"quant_method": method}))
+    (tmp_path / AWQ_FILE).write_text(json.dumps({"quant_method": method}))
+    expect(tmp_path, expected, format="int4")
 
 
 def test_weights_in_a_file_of_another_name(tmp_path: Path) -> None:
