@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,8 @@ CASES = [pytest.param(*c, marks=[] if c in QUICK else [pytest.mark.slow], id="-"
 
 
 @pytest.mark.parametrize(("arch", "dtype"), CASES)
-def test_shipped_tiles_compile(arch, dtype):
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # may put another Triton first
-    environment = {**os.environ, "PYTHONPATH": paths}
-    environment.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, str(SCRIPT), arch, dtype], env=environment, capture_output=True, text=True)
+def test_shipped_tiles_compile(arch, dtype, ahead):
+    run = ahead(compile_tiles)
     assert run.returncode == 0, run.stderr[-3000:]
     compiled = json.loads(run.stdout)
     assert len(compiled) >= (8 if dtype == "float32" else 30)
@@ -46,6 +44,13 @@ def test_shipped_tiles_compile(arch, dtype):
         prefill = [k for k in compiled if k["name"] in ("prefill_kernel", "prefill_sm90_kernel", "gate_up_kernel")]
         assert len({k["name"] for k in prefill}) == 3 and all(k["wgmma"] for k in prefill)
         assert all(k["copies"] for k in prefill if k["name"] != "prefill_kernel")
+
+
+def compile_tiles(arch, dtype):
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # may put another Triton first
+    environment = {**os.environ, "PYTHONPATH": paths}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, str(SCRIPT), arch, dtype], env=environment, capture_output=True, text=True)
 
 
 QUANTIZED = [
@@ -96,33 +101,34 @@ def test_every_cuda_source_has_its_cases():
 
 
 @pytest.mark.parametrize(("name", "arch", "options"), CUDA_CASES)
-def test_cuda_source_compiles(name, arch, options, tmp_path):
+def test_cuda_source_compiles(name, arch, options, ahead):
+    told, code = ahead(compile_cuda)
+    if told is None:
+        return
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", told)]
+    assert spilled and max(spilled) <= CUDA_SPILL_BYTES_MAX, told
+    assert "wgmma.mma_async instructions are serialized" not in told
+    if name == nvrtc_quantized.SOURCE_SM90:
+        assert any("HGMMA" in text for _, text in code)
+        assert not sass.hazards(code), "\n".join(sass.hazards(code)[:8])
+
+
+def compile_cuda(name, arch, options):
+    """What nvcc tells and, of the sm_90 source, the instructions it makes; (None, None) where there is only NVRTC."""
     source = nvrtc.SOURCES / name
     options = [*options, "-std=c++17", f"-I{nvrtc.SOURCES}"]
     if nvcc := shutil.which("nvcc"):
-        command = [
-            nvcc,
-            "-cubin",
-            f"-arch={arch}",
-            "-Xptxas=-v",
-            *options,
-            "-o",
-            str(tmp_path / "out.cubin"),
-            str(source),
-        ]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", run.stderr)]
-        assert spilled and max(spilled) <= CUDA_SPILL_BYTES_MAX, run.stderr
-        assert "wgmma.mma_async instructions are serialized" not in run.stderr
-        if name == nvrtc_quantized.SOURCE_SM90:
-            code = sass.disassembled(tmp_path / "out.cubin", "linear_sm90")
-            assert any("HGMMA" in text for _, text in code)
-            assert not sass.hazards(code), "\n".join(sass.hazards(code)[:8])
-    elif root := _nvrtc_wheel():
-        _compile_with_nvrtc(root, source.read_text(), [f"--gpu-architecture={arch}", *options])
-    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "out.cubin"
+            command = [nvcc, "-cubin", f"-arch={arch}", "-Xptxas=-v", *options, "-o", str(out), str(source)]
+            run = subprocess.run(command, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
+            code = sass.disassembled(out, "linear_sm90") if name == nvrtc_quantized.SOURCE_SM90 else []
+            return run.stderr, code
+    if (root := _nvrtc_wheel()) is None:
         pytest.skip("neither nvcc nor the nvidia-cuda-nvrtc wheel is installed")
+    _compile_with_nvrtc(root, source.read_text(), [f"--gpu-architecture={arch}", *options])
+    return None, None
 
 
 def _nvrtc_wheel() -> Path | None:

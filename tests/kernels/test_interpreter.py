@@ -13,6 +13,11 @@ SCRIPT = Path(__file__).with_name("interpreted.py")
 ROOT = Path(__file__).parents[2]
 
 
+def interpreted(kernel: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(SCRIPT), kernel], env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(
     "kernel",
     [
@@ -25,7 +30,6 @@ ROOT = Path(__file__).parents[2]
         "rope",
     ],
 )
-def test_kernel_in_the_interpreter(kernel):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, str(SCRIPT), kernel], env=environment, capture_output=True, text=True)
+def test_kernel_in_the_interpreter(kernel, ahead):
+    run = ahead(interpreted)
     assert run.returncode == 0, run.stderr[-3000:]
