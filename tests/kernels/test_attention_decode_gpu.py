@@ -104,6 +104,17 @@ def test_lengths_past_which_caches_hold_nothing(lens, variant, lens_dtype):
     check(q, k, v, torch.tensor(lens, device="cuda", dtype=lens_dtype), variant)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_small_calls_alone(variant):
+    """No graph, and few keys: for compute-sanitizer."""
+    for dtype in HALVES:
+        for b, s, hq, h, dim in ((1, 1, 8, 8, 128), (3, 63, 14, 2, 64), (2, 300, 7, 1, 128), (1, 517, 16, 2, 128)):
+            q, k, v = qkv(b, s, hq, h, dim, dtype)
+            for lens in (None, [s] + [0] * (b - 1), [max(1, s // 2)] * b):
+                run(q, k, v, None if lens is None else torch.tensor(lens, device="cuda"), variant)
+    torch.cuda.synchronize()
+
+
 def test_nothing_past_the_keys_is_read_into_the_sums():
     buffer = torch.full((2, 1, 400, 8, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
     buffer[:, :, :333] = randn(2, 1, 333, 8, 128, dtype=torch.bfloat16)

@@ -52,3 +52,14 @@ def test_tables_are_written_as_they_are_read(tmp_path, monkeypatch):
     tiles.write("sm_90", rules)
     assert (tmp_path / "sm_90.json").read_text() == before
     assert json.loads(before) == rules
+
+
+def test_the_tuner_knows_every_rule_of_decode_in_cuda_and_could_find_its_tile():
+    tune = pytest.importorskip("mhaffn.kernels.tune")  # needs Triton
+    problems = {frozenset(problem.max.items()): problem for problem in tune.decode_cuda_problems()}
+    rules = tiles.table("sm_90")["attention_decode_cuda"]
+    assert problems.keys() == {frozenset(rule["max"].items()) for rule in rules}
+    for rule in rules:
+        problem = problems[frozenset(rule["max"].items())]
+        assert {name: size for name, size in rule["tile"].items() if name != "DEFAULT"} in problem.candidates
+        assert tiles.match(tiles.table("sm_90")[problem.rival[0]], problem.rival[1])
