@@ -26,7 +26,7 @@ import xxhash
 
 from mhaffn.config import Sublayer
 from mhaffn.device import CudaDevice, Event, HostDevice
-from mhaffn.errors import ReadError, StreamError
+from mhaffn.errors import MhaffnError, StreamError
 from mhaffn.image import Image, Segment, Weights
 from mhaffn.plan import Plan
 from mhaffn.ring import ByteRing
@@ -241,7 +241,7 @@ class Stream:
         self._threads.clear()
         self._device.settle()
         for read in reads:
-            with suppress(ReadError):
+            with suppress(MhaffnError):  # whatever ended it has been told already
                 read.request.wait(STOP_S)
         for read in reads:
             read.slot.release()

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,11 @@ ROOT = Path(__file__).parent.parent
 def kernel() -> tuple[int, ...]:
     """Its version, such as (6, 1)."""
     return tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+
+
+def besides_small_pages(reasons: Iterable[str]) -> list[str]:
+    """``reasons`` without the one that a machine may add to any reader whose memory is in pieces."""
+    return [reason for reason in reasons if "in small pages" not in reason]
 
 
 def make_file(path: Path, size: int) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from mhaffn import _native
-from tests.reader_files import ENGINES, MIB, kernel, make_file, run_python
+from tests.reader_files import ENGINES, MIB, besides_small_pages, kernel, make_file, run_python
 
 needs_uring = pytest.mark.skipif(_native.liburing == "none", reason="built without liburing")
 
@@ -82,6 +82,8 @@ def test_a_blocked_io_uring_falls_back_to_the_pool(tmp_path: Path, error: int, c
 def test_memory_that_cannot_be_registered_is_read_into_all_the_same(tmp_path: Path, error: int) -> None:
     content = make_file(tmp_path / "file", 2_000_000)
     output = run_python(BLOCK_URING, str(tmp_path / "file"), str(error), str(IO_URING_REGISTER))
+    if "in small pages" in output:
+        pytest.skip("the arena was given small pages, which are not registered")
     engine, registered, reasons, errors, digest = json.loads(output)
     assert digest == xxhash.xxh3_64_hexdigest(content[5:1_000_005])
     assert (engine, registered) == ("io_uring", False)
@@ -170,10 +172,10 @@ def test_an_io_uring_that_is_blocked_later(tmp_path: Path, case: str, error: int
     assert took < 5
     if case in ("strict", "insists"):
         assert set(outcomes) <= {"ReadError", "EngineUnavailableError"} and again == "EngineUnavailableError"
-        assert (engine, reasons, leaked) == ("io_uring", [], 0)
+        assert (engine, besides_small_pages(reasons), leaked) == ("io_uring", [], 0)
         return
     assert (engine, again) == ("threads", "whole")
-    (reason,) = reasons
+    (reason,) = besides_small_pages(reasons)
     assert errno.errorcode[error] in reason and "seccomp" in reason and "preadv" in reason
     if case == "idle":
         assert (set(outcomes), leaked) == ({"whole"}, 0)
@@ -336,7 +338,10 @@ def test_without_memlock_buffers_are_not_registered(tmp_path: Path) -> None:
     for folder in [tmp_path, *tmp_path.parents][:3]:
         folder.chmod(0o755)
     make_file(tmp_path / "file", 1_000_000)
-    engine, registered, reasons, strict = json.loads(run_python(LIMIT_MEMLOCK, str(tmp_path / "file")))
+    output = run_python(LIMIT_MEMLOCK, str(tmp_path / "file"))
+    if "in small pages" in output:
+        pytest.skip("the arena was given small pages, which are not registered")
+    engine, registered, reasons, strict = json.loads(output)
     assert (engine, registered) == ("io_uring", False)
     (reason,) = reasons
     for text in (reason, strict):

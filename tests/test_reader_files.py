@@ -16,7 +16,7 @@ import xxhash
 
 from mhaffn.errors import ReadError, TruncatedFileError
 from mhaffn.reader import Extent, PinnedArena, Reader
-from tests.reader_files import ENGINES, MIB, loop_device, loop_mount, make_file
+from tests.reader_files import ENGINES, MIB, besides_small_pages, loop_device, loop_mount, make_file
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -139,7 +139,9 @@ def test_a_blob_across_the_1_gib_boundary(engine: str, tmp_path: Path) -> None:
                 request.wait()
                 growth = resident_bytes() - before
                 assert xxhash.xxh3_64_hexdigest(slot) == digest.hexdigest()
-            assert reader.info().registered_buffers == (engine == "io_uring")
+            # A machine whose memory is in pieces may have no huge pages left for so much of it.
+            huge = arena.info().huge_page_share >= 0.5
+            assert reader.info().registered_buffers == (engine == "io_uring" and huge)
     (tmp_path / "blob").unlink()
     assert growth <= size + 2 * MIB
 
@@ -183,7 +185,7 @@ def test_sizes_and_offsets_here_and_in_memory(engine: str, arena: PinnedArena, t
 def test_sizes_and_offsets_on_a_loop_device(engine: str, arena: PinnedArena, tmp_path: Path, sector: int) -> None:
     with loop_mount(tmp_path / "loop", 64 * MIB, sector) as folder:
         reader = read_sizes_and_offsets(engine, folder, arena)
-        assert (reader.info().direct, reader.info().reasons) == ("on", ())
+        assert (reader.info().direct, besides_small_pages(reader.info().reasons)) == ("on", [])
 
 
 def cached_share(path: Path) -> float:

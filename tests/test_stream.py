@@ -161,9 +161,8 @@ def test_every_placement_on_the_gpu(tiny_model: Model) -> None:
 def load_placed(folder: Path, tiers: tuple[Tier, ...], **options: Any) -> mhaffn.StreamedLlama:
     try:
         return mhaffn.load(
-            folder, gpu=None, dram=None, strict=options.get("engine") is not None,
-            tiers=dict(zip(order(len(tiers) // 2), tiers, strict=True)), **options,
-        )  # fmt: skip
+            folder, gpu=None, dram=None, tiers=dict(zip(order(len(tiers) // 2), tiers, strict=True)), **options
+        )
     except EngineUnavailableError as error:
         pytest.skip(str(error))
 

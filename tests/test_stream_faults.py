@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import mhaffn
-from mhaffn.errors import ReadError, TruncatedFileError
+from mhaffn.errors import EngineUnavailableError, ReadError, TruncatedFileError
 from mhaffn.store.pack import pack
 from tests.conftest import Model
 from tests.reader_files import loop_mount
@@ -96,6 +97,22 @@ def test_a_disk_that_loses_its_end_ends_the_pass_and_the_process_goes_on(
         assert "model.safetensors" in str(error) and error.errno
     with streamed(source, engine=engine) as model:
         assert greedy(model) == expected
+
+
+def test_a_reader_that_refuses_every_read_closes_in_peace(tiny_model: Model) -> None:
+    libc, disable_huge_pages = ctypes.CDLL(None), 41
+    if libc.prctl(disable_huge_pages, 1, 0, 0, 0):
+        pytest.skip("huge pages cannot be turned off here")
+    try:
+        model = streamed(tiny_model(), engine="io_uring", strict=True)
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+    finally:
+        libc.prctl(disable_huge_pages, 0, 0, 0, 0)
+    with model, pytest.raises(EngineUnavailableError, match="small pages"):
+        greedy(model)
+    assert model.runner._stream._freed_all
+    model.close()
 
 
 @contextmanager
