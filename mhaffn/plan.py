@@ -155,8 +155,8 @@ class Sizes:
     def fixed(self, work: Workload) -> int:
         """What every plan holds besides sublayers: embedding, norm, head, KV cache, activations.
 
-        One layer of the cache counts twice: it grows by a copy of its keys, then of its values, as it does where beams
-        change places; and attention on a CPU puts both into an order of its own.
+        One layer of the cache counts twice: it is copied where beams change places, keys and then values, as one that
+        came filled is to grow; and attention on a CPU puts both into an order of its own.
         """
         cache = self.kv_cache(work)
         return self.resident() + cache + cache // self.config.num_layers + self.activations(work)

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from mhaffn import huggingface
 from mhaffn.attention_interface import NAME, as_bool, register_attention
+from mhaffn.cache import reserve
 from mhaffn.config import ARCHITECTURES, ModelConfig
 from mhaffn.device import memory_errors
 from mhaffn.errors import ConfigError, UnsupportedModelError
@@ -96,11 +97,13 @@ class Base(Owner):
         self.runner.check_room(batch, seen, new)
         keeps = self.config.use_cache if use_cache is None else use_cache
         steps = past_key_values is None and not keeps and new > CHUNK_TOKENS  # later ones need the keys of the first
+        if past_key_values is None and (keeps or steps):
+            past_key_values = DynamicCache(config=self.config)
+        reserve(past_key_values, batch, self.runner.plan.work, self.config.num_hidden_layers)
         with memory_errors(), self.runner.one_pass(batch, new, seen):
             output = super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=DynamicCache(config=self.config) if steps else past_key_values,
-                inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
             )  # fmt: skip
         if steps:
             output.past_key_values = None

@@ -29,7 +29,7 @@ LAYERS = [
     ("ring", "placement"),
     ("simulate",),
     ("reader", "store", "plan", "trace"),
-    ("shapes",),
+    ("shapes", "cache"),
     ("image", "device", "forecast", "random_model"),
     ("memory", "verify", "profile"),
     ("stream",),
