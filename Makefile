@@ -22,7 +22,7 @@ test: install csrc-test ## everything that needs no GPU, in minutes
 	$(BIN)/python -m pytest
 
 test-full: install csrc-test csrc-sanitize test-oldest test-tritons ## long matrices, sanitizers, soaks, old and new libraries
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900
 
 TRANSFORMERS_TESTS := $(addprefix tests/test_,hf.py stream.py replace.py attention_interface.py integrations.py streamed.py meta.py cache.py)
 

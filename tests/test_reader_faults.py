@@ -460,9 +460,9 @@ with PinnedArena(256 << 20, cuda=False) as arena, Reader(engine=engine, arena=ar
             started = time.perf_counter()
             busy = late(0, reads)
             pairs.append((busy, late(time.perf_counter() - started, time.sleep)))
-            if busy <= pairs[-1][1] + 0.002:
+            if busy <= pairs[-1][1] + 0.005:  # a request is 50 ms or more, for which it would have to wait
                 break
-print("ok" if busy <= pairs[-1][1] + 0.002 else pairs)
+print("ok" if busy <= pairs[-1][1] + 0.005 else pairs)
 """
 
 
