@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 
 from mhaffn.attention_interface import REFUSED, as_bool
 from mhaffn.budget import Budget
-from mhaffn.cache import reserve
+from mhaffn.cache import reserve, rooms_of
 from mhaffn.config import FEW_BITS, Sublayer
 from mhaffn.device import memory_errors
 from mhaffn.errors import ConfigError
@@ -46,6 +46,7 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.runner = runner
         self._rotary = LlamaRotaryEmbedding(config).to(runner.device)
+        self._rooms = rooms_of(runner.plan.work, runner.config.num_layers)
         self._finalizer = weakref.finalize(self, runner.close)
 
     @property
@@ -106,7 +107,7 @@ class StreamedLlama(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         seen = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         self.runner.check_room(batch, seen, new)
-        reserve(past_key_values, batch, self.runner.plan.work, self.runner.config.num_layers)
+        reserve(past_key_values, self._rooms)
         mask, causal = self._mask(x, attention_mask, position_ids, past_key_values, seen + new)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + new, device=x.device).unsqueeze(0)

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from mhaffn import huggingface
 from mhaffn.attention_interface import NAME, as_bool, register_attention
-from mhaffn.cache import reserve
+from mhaffn.cache import Room, reserve, rooms_of
 from mhaffn.config import ARCHITECTURES, ModelConfig
 from mhaffn.device import memory_errors
 from mhaffn.errors import ConfigError, UnsupportedModelError
@@ -74,6 +74,7 @@ class Base(Owner):
     """``LlamaModel`` and its like: marks the passes, and keeps them within the plan."""
 
     config: Any
+    rooms: list[Room]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a captured graph would know places, not sublayers
     def forward(
@@ -99,7 +100,7 @@ class Base(Owner):
         steps = past_key_values is None and not keeps and new > CHUNK_TOKENS  # later ones need the keys of the first
         if past_key_values is None and (keeps or steps):
             past_key_values = DynamicCache(config=self.config)
-        reserve(past_key_values, batch, self.runner.plan.work, self.config.num_hidden_layers)
+        reserve(past_key_values, self.rooms)
         with memory_errors(), self.runner.one_pass(batch, new, seen):
             output = super().forward(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -149,7 +150,8 @@ def stream(model: nn.Module, store: Store, open_runner: Callable[[], Runner]) ->
             base.rotary_emb = type(base.rotary_emb)(config).to(runner.device)
         undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
         _put_on(base, runner.blocks)
-        swap(base, Base, runner=runner, undo=weakref.finalize(base, undo.pop_all().close))
+        rooms = rooms_of(runner.plan.work, config.num_hidden_layers)
+        swap(base, Base, runner=runner, rooms=rooms, undo=weakref.finalize(base, undo.pop_all().close))
     for head in heads:
         swap(head, Head)
     prefix = f"{name}." if name else ""
