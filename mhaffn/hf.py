@@ -204,6 +204,7 @@ def load(
     context: int | None = None,
     tokens: int | None = None,
     batch: int = 1,
+    all_logits: bool = False,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     engine: Engine = "auto",
@@ -221,6 +222,8 @@ def load(
     - ``tokens``: the most of a sequence in one pass, its prompt; ``context`` unless given.
     - ``batch``: sequences at once, each beam one; the KV cache has room for ``batch`` times ``context`` positions,
       which more and shorter sequences may share.
+    - ``all_logits``: leave room for the logits of every token, which ``model(ids)`` gives. Else there is room for those
+      of the last alone, ``logits_to_keep=1``: all that ``generate()`` asks for.
     - ``dtype``: what the weights must be in, as "bfloat16"; they are streamed as they are, and never converted.
     - ``device``: "cuda" or "cpu"; CUDA where there is one.
     - ``engine``, ``direct``, ``strict``: how files are read, see :class:`mhaffn.reader.Reader`.
@@ -240,8 +243,8 @@ def load(
         )
     config, generation_config = transformers_configs(folder)
     runner = open_runner(
-        store, gpu=gpu, dram=dram, context=context, tokens=tokens, batch=batch, device=device, engine=engine,
-        direct=direct, strict=strict, verify=verify, tiers=tiers, progress=progress,
+        store, gpu=gpu, dram=dram, context=context, tokens=tokens, batch=batch, all_logits=all_logits, device=device,
+        engine=engine, direct=direct, strict=strict, verify=verify, tiers=tiers, progress=progress,
     )  # fmt: skip
     loaded = StreamedLlama(config, runner)
     if generation_config is not None:

@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     context: int | None
     tokens: int | None
     batch: int
+    all_logits: bool
     device: str | torch.device | None
     engine: Engine
     direct: Direct
@@ -53,10 +54,7 @@ def open_runner(
     tiers: dict[Sublayer, Tier] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Runner:
-    """Plans and opens ``store``; options and errors as of :func:`mhaffn.load`.
-
-    ``all_logits`` says that a pass gives the logits of each token, and not only of the last.
-    """
+    """Plans and opens ``store``; options and errors as of :func:`mhaffn.load`."""
     for name, value, choices in (("engine", engine, get_args(Engine)), ("direct", direct, get_args(Direct))):
         if value not in choices:
             raise ConfigError(f"got {name} = {value!r}, expected one of {', '.join(choices)}")

@@ -131,7 +131,8 @@ class Runner:
                 "let generate(prefill_chunk_size=...) give the prompt in parts."
             )
         if batch > work.batch:
-            needed = self._sizes.activations(replace(work, batch=batch, tokens=new))
+            one_pass = replace(work, batch=batch, tokens=new, logits=min(new, work.logits))
+            needed = self._sizes.activations(one_pass)
             if needed > (planned := self._sizes.activations(work)):
                 raise ConfigError(
                     f"got {batch} sequences of {new} tokens in a pass, whose states and logits take "

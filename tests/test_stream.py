@@ -28,6 +28,7 @@ from mhaffn.device import HostDevice
 from mhaffn.errors import (
     BudgetError,
     ChecksumError,
+    ConfigError,
     EngineUnavailableError,
     PinnedMemoryError,
     ReadError,
@@ -280,6 +281,20 @@ def test_choosing_tokens_of_a_large_vocabulary_keeps_to_the_budget(options: dict
     with mhaffn.load(folder, gpu=None, dram=None, device="cpu", context=16, batch=batch) as model:
         generate(model, ids)
         assert watch.peaks()["dram"] <= model.runner.plan.dram_bytes + (12 << 20)  # torch's own
+
+
+def test_the_logits_of_all_tokens_keep_to_the_budget_that_counts_them(tiny_model: Model) -> None:
+    folder = tiny_model(dtype="bfloat16", vocab_size=128_000, max_position_embeddings=1024)
+    with mhaffn.load(tiny_model(), gpu=None, dram=None, device="cpu") as warm_up, torch.inference_mode():
+        warm_up(torch.ones(1, 8, dtype=torch.int64))
+    watch = Watch(torch.device("cpu"))
+    options: dict[str, Any] = {"gpu": None, "dram": None, "device": "cpu", "context": 1024, "all_logits": True}
+    with mhaffn.load(folder, **options) as model, torch.inference_mode():
+        assert model(torch.ones(1, 1024, dtype=torch.int64)).logits.shape == (1, 1024, 128_000)
+        assert watch.peaks()["dram"] <= model.runner.plan.dram_bytes + (12 << 20)  # torch's own
+        assert model(torch.ones(4, 200, dtype=torch.int64)).logits.shape == (4, 200, 128_000)
+        with pytest.raises(ConfigError, match="states and logits"):
+            model(torch.ones(4, 256, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(("batch", "context", "tokens"), [(1, 8192, 8192), (3, 2048, 2048)], ids=["steps", "padding"])
