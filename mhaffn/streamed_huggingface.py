@@ -106,6 +106,8 @@ class Base(Owner):
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
             )  # fmt: skip
+        if steps and isinstance(output, tuple):
+            return output[:1] + output[2:]
         if steps:
             output.past_key_values = None
         return output

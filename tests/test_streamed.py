@@ -152,6 +152,8 @@ def test_a_long_prompt_takes_several_steps(
     output = ours(ids, use_cache=use_cache)
     assert (output.logits - theirs(ids).logits).abs().max() <= 1e-4
     assert (output.past_key_values is not None) == use_cache
+    kinds = [list(map(type, m.model(ids, use_cache=use_cache, return_dict=False))) for m in (ours, theirs)]
+    assert kinds[0] == kinds[1]
 
 
 @pytest.mark.parametrize(
