@@ -160,7 +160,7 @@ def linear(x: Tensor, weight: Tensor | Quantized) -> Tensor:
     _check_tensors("linear", x=x, weight=weight)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         _expect(False, "linear", "weight shape", tuple(weight.shape), f"[N, D] with D {x.shape[-1]}")
-    return torch.nn.functional.linear(x, weight)
+    return torch.nn.functional.linear(x, weight).to(x.dtype)  # which autocast would change
 
 
 def ffn(x: Tensor, w1: Tensor | Quantized, w3: Tensor | Quantized, w2: Tensor | Quantized) -> Tensor:

@@ -376,6 +376,16 @@ def test_outputs_are_what_the_config_and_the_call_ask_for(tiny_model: Model, dev
         assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
 
 
+@torch.no_grad()
+def test_a_pass_under_autocast(tiny_model: Model, device: str) -> None:
+    folder, ids = tiny_model(), prompt(2, 12).to(device)
+    reference = open_reference(folder, device)
+    expected = reference(ids).logits
+    with streamed(folder, device) as model, torch.autocast(device, torch.bfloat16):
+        errors = [(m(ids).logits.float() - expected).abs().mean() for m in (model, reference)]
+    assert errors[0] <= 2 * errors[1]
+
+
 def test_a_stop_string_ends_the_text(tiny_model: Model, tmp_path: Path, device: str) -> None:
     words = ["abcdef", *(f"w{i}" for i in range(WORDS - 1))]  # transformers tries tokens behind the first
     folder = with_tokenizer(tiny_model(), tmp_path / "model", words)

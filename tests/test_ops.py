@@ -435,7 +435,7 @@ def test_autocast_of_a_token_and_of_rows_in_chunks(monkeypatch):
     monkeypatch.setattr(library, "FFN_CHUNK_BYTES", 2 * 48 * 4)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(ops.ffn(x, w[0], w[1], w2), truth, rtol=0.05, atol=0.05)
-        assert ops.attention(q, q, q).dtype == torch.float32
+        assert ops.attention(q, q, q).dtype == ops.linear(x, w[0]).dtype == torch.float32
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
