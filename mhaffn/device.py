@@ -42,7 +42,7 @@ class Device(Protocol):
         """The point after all copies queued so far."""
 
     def mark_compute(self) -> Event:
-        """The point after all work queued so far on the caller's compute stream."""
+        """The point after all work queued so far on the caller's compute stream, and after all such points before."""
 
     def compute_after(self, event: Event) -> None:
         """Work queued from now on on the caller's compute stream runs after ``event``."""
@@ -107,6 +107,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._trace = trace
         self._stream = torch.cuda.Stream(self.torch_device)
+        self._last: tuple[int, torch.cuda.Event] | None = None  # the stream of the last compute mark, and that mark
         self._pending: dict[Lane, deque[tuple[Sublayer, int, torch.cuda.Event, torch.cuda.Event, int]]] = {
             lane: deque() for lane in LANES
         }
@@ -127,7 +128,12 @@ class CudaDevice:
         return self._mark(self._stream)
 
     def mark_compute(self) -> torch.cuda.Event:
-        return self._mark(torch.cuda.current_stream(self.torch_device))
+        stream = torch.cuda.current_stream(self.torch_device)
+        if self._last is not None and self._last[0] != stream.cuda_stream:  # passes may come on several
+            stream.wait_event(self._last[1])
+        event = self._mark(stream)
+        self._last = stream.cuda_stream, event
+        return event
 
     def compute_after(self, event: Any) -> None:
         torch.cuda.current_stream(self.torch_device).wait_event(event)

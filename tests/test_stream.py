@@ -24,7 +24,7 @@ import mhaffn
 import mhaffn.runner
 from mhaffn.bench.memory import Watch
 from mhaffn.config import Sublayer, order
-from mhaffn.device import HostDevice
+from mhaffn.device import HostDevice, open_device
 from mhaffn.errors import (
     BudgetError,
     ChecksumError,
@@ -41,6 +41,7 @@ from mhaffn.reader import PinnedArena
 from mhaffn.report import make_report
 from mhaffn.ring import ByteRing
 from mhaffn.store import Store, pack
+from mhaffn.trace import Trace
 from tests.conftest import Model
 
 
@@ -281,6 +282,17 @@ def test_choosing_tokens_of_a_large_vocabulary_keeps_to_the_budget(options: dict
     with mhaffn.load(folder, gpu=None, dram=None, device="cpu", context=16, batch=batch) as model:
         generate(model, ids)
         assert watch.peaks()["dram"] <= model.runner.plan.dram_bytes + (12 << 20)  # torch's own
+
+
+@pytest.mark.gpu
+def test_what_one_stream_computes_is_marked_after_what_another_did() -> None:
+    device = open_device(torch.device("cuda"), Trace())
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(1 << 30)
+        before = device.mark_compute()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        device.mark_compute().synchronize()
+    assert before.query()
 
 
 def test_the_logits_of_all_tokens_keep_to_the_budget_that_counts_them(tiny_model: Model) -> None:
