@@ -32,7 +32,6 @@ def test_whatever_becomes_of_it_it_holds_what_the_plain_one_holds(steps: list[tu
     layers: list[Any] = [DynamicLayer(), ReservedLayer(room)]
     batch, kept = 2, []
     for seed, (step, n, inference) in enumerate(steps):
-        inference = inference or step == "reset"  # the oldest transformers zeroes what it holds, wherever it is from
         mode: AbstractContextManager[Any] = torch.inference_mode() if inference else torch.no_grad()
         seen = layers[0].get_seq_length()
         with mode:
