@@ -449,17 +449,22 @@ def plan(
     Fewer bits are always compared; --ffn int4:64 --mha int8 adds a mix of your own, as `mhaffn pack` takes it.
     """
     from mhaffn import planning
-    from mhaffn.config import ModelConfig, parse_bytes
     from mhaffn.formats import Formats
     from mhaffn.measured import Measured, analyse, outlook
-    from mhaffn.plan import Workload
     from mhaffn.profile import Profile
-    from mhaffn.shapes import SHAPES, folder_of
-    from mhaffn.store import Store, manifest
 
-    if (model is None) == (measured is None):
-        raise ConfigError("give a MODEL, or --measured FILE")
-    if measured is not None:
+    values: object
+    if model is not None and measured is None:
+        config, stored = planning.model_of(model)
+        given = planning.Hardware.parse(gpu=gpu, dram=dram, ssd=ssd, h2d=h2d, hbm=hbm, tflops=tflops)
+        known = Profile.of_this_machine() if profile is None else Profile.read(profile)
+        work = planning.workload_of(config, prompt_tokens, context)
+        machine, source = planning.machine_for(config, given, known, work)
+        formats = Formats.parse(mha, ffn)
+        formats.check(config)
+        found, shown = planning.plan_for(config, machine, source, formats or None, stored)
+        values = planning.to_dict(found)
+    elif measured is not None and model is None:
         others = {
             "profile": profile, "gpu": gpu, "dram": dram, "ssd": ssd, "h2d": h2d, "hbm": hbm, "tflops": tflops,
             "prompt-tokens": prompt_tokens, "context": context, "mha": mha, "ffn": ffn,
@@ -470,43 +475,9 @@ def plan(
         figures = Measured.read(measured)
         layers, steps = analyse(figures), outlook(figures)
         shown = planning.analysis(figures, layers, steps)
-        values: object = planning.analysis_to_dict(figures, layers, steps)
+        values = planning.analysis_to_dict(figures, layers, steps)
     else:
-        config, stored = SHAPES.get(str(model)), None
-        if config is None:
-            folder = folder_of(str(model))
-            config = ModelConfig.from_folder(folder)
-            stored = Store.open(folder).stored() if (folder / manifest.NAME).exists() else None
-        speeds = {
-            name: float(parse_bytes(speed)) for name, speed in (("ssd", ssd), ("h2d", h2d), ("hbm", hbm)) if speed
-        }
-        for name, speed in speeds.items():
-            if speed < 1e6:
-                raise ConfigError(
-                    f"got --{name} of {speed:.0f} bytes a second, expected a speed with its unit, as in 5GB"
-                )
-        given = planning.Hardware(
-            gpu=None if gpu is None else parse_bytes(gpu),
-            dram=None if dram is None else parse_bytes(dram),
-            flops=None if tflops is None else tflops * 1e12,
-            **speeds,
-        )
-        if profile is None and Profile.default_path().exists():
-            profile = Profile.default_path()
-        known = None if profile is None else Profile.read(profile)
-        known_positions = config.max_position_embeddings
-        tokens = prompt_tokens or min(2048, known_positions)
-        work = Workload(tokens=tokens, context=max(context or min(4096, known_positions), tokens))
-        if work.context > known_positions:
-            raise ConfigError(
-                f"got a context of {work.context}, expected at most {known_positions}, the positions this model "
-                "knows: change --context or --prompt-tokens"
-            )
-        machine, source = planning.machine_for(config, given, known, work)
-        formats = Formats.parse(mha, ffn)
-        formats.check(config)
-        found, shown = planning.plan_for(config, machine, source, formats or None, stored)
-        values = planning.to_dict(found)
+        raise ConfigError("give a MODEL, or --measured FILE")
     (console if json_file == Path("-") else Console()).print(shown)
     _write_json(values, json_file)
 

@@ -1,4 +1,4 @@
-"""What ``mhaffn plan`` prints: placement, predicted passes, and what each change would bring."""
+"""What ``mhaffn plan`` plans for, and what it prints: placement, predicted passes, and what each change would bring."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer
+from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, parse_bytes
+from mhaffn.errors import ConfigError
 from mhaffn.forecast import PHASES, Forecast, Machine, Stored, changes
 from mhaffn.formats import Formats
 from mhaffn.measured import Layer, Measured, steps
 from mhaffn.plan import TIERS, Sizes, Workload
 from mhaffn.profile import Profile
+from mhaffn.shapes import SHAPES, folder_of
 from mhaffn.simulate import Links
+from mhaffn.store import Store, manifest
 from mhaffn.trace import Phase
 
 
@@ -33,9 +36,57 @@ class Hardware:
     hbm: float | None = None
     flops: float | None = None
 
+    @staticmethod
+    def parse(
+        *, gpu: str | None, dram: str | None, ssd: str | None, h2d: str | None, hbm: str | None, tflops: float | None
+    ) -> Hardware:
+        """Of sizes and speeds as people write them, ``16GiB`` and ``5GB``; raises :class:`ConfigError`."""
+        written = (("ssd", ssd), ("h2d", h2d), ("hbm", hbm))
+        speeds = {name: float(parse_bytes(text)) for name, text in written if text}
+        for name, speed in speeds.items():
+            if speed < SPEED_MIN:
+                raise ConfigError(
+                    f"got --{name} of {speed:.0f} bytes a second, expected a speed with its unit, as in 5GB"
+                )
+        return Hardware(
+            gpu=None if gpu is None else parse_bytes(gpu),
+            dram=None if dram is None else parse_bytes(dram),
+            flops=None if tflops is None else tflops * 1e12,
+            **speeds,
+        )
+
 
 OPTIONS = {"flops": "tflops"}
 TYPICAL = Hardware(gpu=16 << 30, dram=32 << 30, ssd=5e9, h2d=25e9, hbm=900e9, flops=100e12)
+SPEED_MIN = 1e6
+"""Bytes a second: what is slower was written without its unit."""
+PROMPT_TOKENS, CONTEXT = 2048, 4096
+"""What is planned for unless told, where the model knows so many positions."""
+
+
+def model_of(name: str) -> tuple[ModelConfig, Stored | None]:
+    """The widths of a shape by name or a model, and, of a packed store, the bytes that it holds.
+
+    Raises as :func:`~mhaffn.shapes.shape_of` does, and what :meth:`Store.open` raises.
+    """
+    if name in SHAPES:
+        return SHAPES[name], None
+    folder = folder_of(name)
+    config = ModelConfig.from_folder(folder)
+    return config, Store.open(folder).stored() if (folder / manifest.NAME).exists() else None
+
+
+def workload_of(config: ModelConfig, prompt_tokens: int | None, context: int | None) -> Workload:
+    """What to plan for; the context holds the prompt. Raises :class:`ConfigError` for more than the model knows."""
+    known = config.max_position_embeddings
+    tokens = prompt_tokens or min(PROMPT_TOKENS, known)
+    work = Workload(tokens=tokens, context=max(context or min(CONTEXT, known), tokens))
+    if work.context > known:
+        raise ConfigError(
+            f"got a context of {work.context}, expected at most {known}, the positions this model "
+            "knows: change --context or --prompt-tokens"
+        )
+    return work
 
 
 def machine_for(config: ModelConfig, given: Hardware, profile: Profile | None, work: Workload) -> tuple[Machine, str]:

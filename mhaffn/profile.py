@@ -89,6 +89,12 @@ class Profile:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhaffn" / "profile.json"
 
     @staticmethod
+    def of_this_machine() -> Profile | None:
+        """What was measured here; None where nothing was. Raises as :meth:`read` does."""
+        path = Profile.default_path()
+        return Profile.read(path) if path.exists() else None
+
+    @staticmethod
     def read(path: str | Path) -> Profile:
         """Reads the file :meth:`write` wrote; raises :class:`ConfigError` that says what is wrong with it."""
         try:

@@ -142,10 +142,10 @@ def generate(
 
 def predictions(runner: Runner, work: Workload) -> dict[Phase, Prediction]:
     """Passes as the plan's simulation has them, where `mhaffn doctor --measure` has left a profile of this device."""
-    path = Profile.default_path()
-    if not path.exists():
+    profile = Profile.of_this_machine()
+    if profile is None:
         return {}
-    machine = Profile.read(path).machine(runner.config, None, None, work)
+    machine = profile.machine(runner.config, None, None, work)
     if (machine.links.h2d is not None) != runner.copies:  # measured on another device
         return {}
     nbytes = {sublayer: records.nbytes for sublayer, records in runner.store.sublayers.items()}
