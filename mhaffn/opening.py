@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypedDict, get_args
+from typing import TypedDict
 
 import torch
 
@@ -13,7 +13,8 @@ from mhaffn.config import ModelConfig, Sublayer
 from mhaffn.device import choose_device, memory_errors
 from mhaffn.errors import ConfigError
 from mhaffn.plan import Tier, Workload, make_plan
-from mhaffn.runner import Direct, Engine, Runner
+from mhaffn.reader import Direct, Engine, check_modes
+from mhaffn.runner import Runner
 from mhaffn.store import Store
 
 CONTEXT = 4096
@@ -55,9 +56,7 @@ def open_runner(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Runner:
     """Plans and opens ``store``; options and errors as of :func:`mhaffn.load`."""
-    for name, value, choices in (("engine", engine, get_args(Engine)), ("direct", direct, get_args(Direct))):
-        if value not in choices:
-            raise ConfigError(f"got {name} = {value!r}, expected one of {', '.join(choices)}")
+    check_modes(engine, direct)
     limits = {"context": CONTEXT if context is None else context, "tokens": CONTEXT if tokens is None else tokens}
     for name, count in (limits | {"batch": batch}).items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:

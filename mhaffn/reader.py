@@ -24,11 +24,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mhaffn import _native
 from mhaffn._native import Request, Slot
-from mhaffn.errors import EngineUnavailableError, ReadError
+from mhaffn.errors import ConfigError, EngineUnavailableError, ReadError
 
 __all__ = [
     "ArenaInfo",
@@ -47,6 +47,13 @@ Engine = Literal["auto", "io_uring", "threads"]
 Direct = Literal["auto", "on", "off"]
 
 log = logging.getLogger("mhaffn")
+
+
+def check_modes(engine: str, direct: str) -> None:
+    """Raises :class:`~mhaffn.errors.ConfigError` for an engine, or a mode of ``O_DIRECT``, that there is not."""
+    for name, value, choices in (("engine", engine, get_args(Engine)), ("direct", direct, get_args(Direct))):
+        if value not in choices:
+            raise ConfigError(f"got {name} = {value!r}, expected one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mhaffn.config import KINDS, Kind, Sublayer, format_bytes
 from mhaffn.errors import ChecksumError, CorruptFileError, MhaffnError, ReadError, ReadTimeoutError, TruncatedFileError
 from mhaffn.files import shown
 from mhaffn.image import extent_of
-from mhaffn.reader import Direct, Engine, Extent, PinnedArena, Reader, ReaderInfo, Request, Slot
+from mhaffn.reader import Direct, Engine, Extent, PinnedArena, Reader, ReaderInfo, Request, Slot, check_modes
 from mhaffn.store import Store, resolve
 from mhaffn.store.format import survey
 from mhaffn.store.manifest import NAME, RESIDENT_KEY
@@ -136,9 +136,10 @@ def verify(
 
     ``progress`` gets bytes done and bytes in all. A folder that is no packed store has no checksums: there only
     headers, names, shapes and sizes are checked. Damage is returned, not raised; raised is what keeps from looking
-    at all, as :func:`~mhaffn.store.resolve` and :meth:`~mhaffn.store.Store.open` do.
+    at all, as :func:`~mhaffn.store.resolve` and :meth:`~mhaffn.store.Store.open` do, and :class:`ConfigError`.
     """
     started_s = time.perf_counter()
+    check_modes(engine, direct)
     folder = resolve(model)
     packed = os.path.lexists(folder / NAME)
     try:

@@ -35,7 +35,7 @@ def verify(
         task = bar.add_task("verifying", total=None)
         found = read_store(
             model,
-            engine=engine,  # type: ignore[arg-type]  # checked by the reader
+            engine=engine,  # type: ignore[arg-type]  # checked there
             direct=direct,  # type: ignore[arg-type]
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
