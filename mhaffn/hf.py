@@ -25,7 +25,8 @@ from mhaffn.huggingface import refuse_quantized
 from mhaffn.modules import Context
 from mhaffn.opening import open_runner
 from mhaffn.plan import CHUNK_TOKENS, Tier
-from mhaffn.runner import Direct, Engine, Runner
+from mhaffn.reader import Direct, Engine
+from mhaffn.runner import Runner
 from mhaffn.store import Store, resolve
 from mhaffn.streamed import require_stay
 

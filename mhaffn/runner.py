@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch.nn.functional import embedding, linear
@@ -20,13 +19,11 @@ from mhaffn.image import Image
 from mhaffn.memory import load_residents
 from mhaffn.modules import FFN, MHA, Block, Context, Provider
 from mhaffn.plan import Plan, Sizes
-from mhaffn.reader import ArenaInfo, PinnedArena, Reader, ReaderInfo
+from mhaffn.reader import ArenaInfo, Direct, Engine, PinnedArena, Reader, ReaderInfo
 from mhaffn.store import Store
 from mhaffn.stream import Stream
 from mhaffn.trace import Phase, Trace
 
-Engine = Literal["auto", "io_uring", "threads"]
-Direct = Literal["auto", "on", "off"]
 GUESSES_MAX = 63
 """Tokens after the one due that a pass of decode may hold: they were guessed, and it tells which of them were right."""
 
