@@ -6,7 +6,7 @@ mover thread, chunk by chunk as its bytes arrive; or, where it waits in DRAM and
 thread, once that has made room. Both rings are first in, first out, because access is cyclic:
 a sublayer's place is free again once it was released. The cycle runs through the pass boundary, so
 while the head computes, the first sublayers of the next pass are already on their way. Checksums are
-made beside that, those of consecutive reads on several cores: one core may hash more slowly than disks read.
+made beside that.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
-import xxhash
 
+from mhaffn.checksums import Checksum, Checksums
 from mhaffn.config import Sublayer
 from mhaffn.device import CudaDevice, Event, HostDevice
 from mhaffn.errors import MhaffnError, StreamError
@@ -38,22 +37,16 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 16 << 20
 STOP_S = 30.0
-HASHERS = 4
-"""Threads that make checksums, each of one read at a time."""
 
 
 @dataclass
 class _Read:
-    """A sublayer on its way from SSD into staging.
-
-    ``digest`` is its checksum, once made, or why there is none; ``digest_cpu_s`` the CPU time that it took.
-    """
+    """A sublayer on its way from SSD into staging; one that is not checked has no checksum."""
 
     sublayer: Sublayer
     slot: Slot
     request: Request
-    digest: str | BaseException | None = None
-    digest_cpu_s: float = 0.0
+    checksum: Checksum | None = None
 
 
 @dataclass
@@ -114,7 +107,7 @@ class Stream:
         self._closing = threading.RLock()
         self._closed = self._stopping = self._freed_all = False
         self._next = self._next_pass = self._next_read = self._due = self._moving_pass = 0
-        self._unhashed: SimpleQueue[_Read | None] = SimpleQueue()
+        self._checksums = Checksums(self._change)
         self._threads: list[threading.Thread] = []
         if self._cycle:
             self._start(0, number=1)
@@ -213,13 +206,13 @@ class Stream:
         self._next, self._next_pass, self._next_read = index, number, next(ahead, 0)
         self._due, self._moving_pass = index, number
         self._stopping = False
-        self._unhashed = SimpleQueue()
+        self._checksums = Checksums(self._change)
         with self._lock:
             self._submit_reads()
-        checked = any(map(self._is_checked, self._on_ssd))
-        for work in (self._move, *[self._hash] * (HASHERS if checked else 0)):
-            thread = threading.Thread(target=work, name=f"mhaffn{work.__name__}", daemon=True)
-            self._threads.append(thread)
+        self._threads = [threading.Thread(target=self._move, name="mhaffn_move", daemon=True)]
+        if any(map(self._is_checked, self._on_ssd)):
+            self._threads += self._checksums.threads()
+        for thread in self._threads:
             thread.start()
 
     def _stop(self) -> None:
@@ -230,8 +223,7 @@ class Stream:
             self._change.notify_all()
         for read in reads:
             read.request.cancel()
-        for _ in range(HASHERS):
-            self._unhashed.put(None)
+        self._checksums.stop()
         until_s = time.monotonic() + STOP_S
         for thread in self._threads:
             if thread.ident is not None:  # else an interrupt came before it started
@@ -265,10 +257,15 @@ class Stream:
             read = _Read(sublayer, slot, self._reader.submit(extents, slot))
             self._live.append(read)
             if self._is_checked(sublayer):
-                self._unhashed.put(read)
+                chunks = self._images[sublayer].chunks(read.request.placements, CHUNK_BYTES)
+                read.checksum = Checksum(read.request, slot, chunks)
+                self._checksums.ask(read.checksum)
             self._reads.append(read)
             self._next_read = (self._next_read + 1) % len(self._on_ssd)
             self._change.notify_all()
+
+    def _is_checked(self, sublayer: Sublayer) -> bool:
+        return self._verify and self._images[sublayer].records.checksum is not None
 
     def _give_back(self, read: _Read) -> None:
         self._live.remove(read)
@@ -362,12 +359,21 @@ class Stream:
         request.wait()
         nbytes = image.records.nbytes
         self._trace.add("ssd", read.sublayer, self._moving_pass, request.started_s, request.finished_s, nbytes)
-        if self._is_checked(read.sublayer):
-            image.check(self._digest_of(read))
-            self._trace.add_check(self._moving_pass, nbytes, read.digest_cpu_s)
+        if read.checksum is not None:
+            image.check(self._digest_of(read.checksum))
+            self._trace.add_check(self._moving_pass, nbytes, read.checksum.cpu_s)
         if read.sublayer not in self._checked:
             image.check_scales(torch.frombuffer(read.slot, dtype=torch.uint8), request.placements)
             self._checked.add(read.sublayer)
+
+    def _digest_of(self, checksum: Checksum) -> str:
+        """That checksum, as soon as it is made; raises what kept it from that."""
+        with self._lock:
+            while checksum.outcome is None:
+                self._wait()
+        if isinstance(checksum.outcome, BaseException):
+            raise checksum.outcome
+        return checksum.outcome
 
     def _take_slot(self, image: Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """Room on the device, and its place, as soon as there is some."""
@@ -410,41 +416,6 @@ class Stream:
             if self._due == 0:
                 self._moving_pass += 1
             self._change.notify_all()
-
-    # What the hashing threads do.
-
-    def _hash(self) -> None:
-        while (read := self._unhashed.get()) is not None:
-            started_s = time.thread_time()
-            try:
-                digest: str | BaseException = self._make_digest(read)
-            except BaseException as error:
-                digest = error
-            with self._lock:
-                read.digest, read.digest_cpu_s = digest, time.thread_time() - started_s
-                self._change.notify_all()
-
-    def _make_digest(self, read: _Read) -> str:
-        """The checksum (XXH3-64, hex) of what was read, made as its bytes become ready."""
-        digest, request = xxhash.xxh3_64(), read.request
-        with memoryview(read.slot) as buffer:
-            for chunk in self._images[read.sublayer].chunks(request.placements, CHUNK_BYTES):
-                self._raise_if_stopping()
-                request.wait_ready(chunk.source + chunk.nbytes)
-                digest.update(buffer[chunk.source : chunk.source + chunk.nbytes])
-        return digest.hexdigest()
-
-    def _is_checked(self, sublayer: Sublayer) -> bool:
-        return self._verify and self._images[sublayer].records.checksum is not None
-
-    def _digest_of(self, read: _Read) -> str:
-        """The checksum of ``read``, as soon as it is made; raises what kept it from that."""
-        with self._lock:
-            while read.digest is None:
-                self._wait()
-        if isinstance(read.digest, BaseException):
-            raise read.digest
-        return read.digest
 
     def _raise_if_stopping(self) -> None:
         if self._stopping:

@@ -31,7 +31,7 @@ LAYERS = [
     ("reader", "store", "plan", "trace"),
     ("shapes", "cache"),
     ("image", "device", "forecast", "random_model"),
-    ("memory", "verify", "profile"),
+    ("memory", "verify", "profile", "checksums"),
     ("stream",),
     ("kernels",),
     ("ops",),

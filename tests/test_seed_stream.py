@@ -383,8 +383,8 @@ def test_checksums_slower_than_the_disk_take_several_cores(
     plan, speeds = machine.plan(), machine.speeds("decode", faster)
     machine.patch.setattr(SlowDigest, "speed", share * speeds.ssd)
     packed = replace(machine, store=pack(folder, tmp_path / "packed"))
-    machine.patch.setattr("mhaffn.stream.HASHERS", cores)
-    machine.patch.setattr("mhaffn.stream.xxhash.xxh3_64", SlowDigest)
+    machine.patch.setattr("mhaffn.checksums.THREADS", cores)
+    machine.patch.setattr("mhaffn.checksums.xxhash.xxh3_64", SlowDigest)
     bound_s = machine.simulate(plan, speeds).bound_s
     limit_s = 1.05 * bound_s
     done = tried(lambda: packed.execute(plan, speeds, "decode", 2), lambda done: (done.steady_s > limit_s) == slower)

@@ -70,8 +70,8 @@ def test_closing_waits_for_no_checksum_that_is_not_begun(
             return ""
 
     pack(tiny_model(), tmp_path / "store")
-    monkeypatch.setattr("mhaffn.stream.HASHERS", 1)
-    monkeypatch.setattr("mhaffn.stream.xxhash", SimpleNamespace(xxh3_64=Slow))
+    monkeypatch.setattr("mhaffn.checksums.THREADS", 1)
+    monkeypatch.setattr("mhaffn.checksums.xxhash", SimpleNamespace(xxh3_64=Slow))
     model = streamed(tmp_path / "store")
     time.sleep(0.1)
     assert len(model.runner._stream._live) >= 4  # so many are read and wait
