@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import resource
@@ -20,6 +19,7 @@ from rich.table import Table
 from mhaffn.budget import free_dram
 from mhaffn.config import ModelConfig, format_bytes
 from mhaffn.errors import MhaffnError
+from mhaffn.machine import version_of
 
 if TYPE_CHECKING:
     from mhaffn.profile import Profile
@@ -28,7 +28,6 @@ PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
 OPTIONAL_PACKAGES = {"gguf": "pip install 'mhaffn[gguf]', to pack GGUF files"}
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MEMLOCK_BYTES = 64 << 20
-LLAMA_8B = ModelConfig("LlamaForCausalLM", 32, 4096, 14336, 32, 8, 128, 128256, 1e-5, 131072, False)
 LLAMA_1B = ModelConfig("LlamaForCausalLM", 16, 2048, 8192, 32, 8, 64, 128256, 1e-5, 131072, True)
 
 
@@ -49,17 +48,10 @@ def examine(folder: Path) -> list[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("ok", "system", f"Linux {platform.release()}, Python {sys.version.split()[0]}, {platform.machine()}")
-    yield Finding("ok", "versions", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    yield Finding("ok", "versions", ", ".join(f"{name} {version_of(name)}" for name in PACKAGES))
     for name, fix in OPTIONAL_PACKAGES.items():
-        if not _version(name):
+        if not version_of(name):
             yield Finding("warn", name, "not installed", fix)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _reader(folder: Path) -> Iterator[Finding]:
@@ -144,7 +136,7 @@ def _gpu() -> Iterator[Finding]:
     free, total = torch.cuda.mem_get_info()
     capability = f"sm_{properties.major}{properties.minor}"
     yield Finding("ok", "GPU", f"{properties.name}, {capability}, {format_bytes(free)} of {format_bytes(total)} free")
-    if not (_version("cupy-cuda13x") or _version("cupy-cuda12x")):
+    if not (version_of("cupy-cuda13x") or version_of("cupy-cuda12x")):
         yield Finding(
             "warn", "cupy", "not installed: CUDA C++ kernels are off, Triton's are used", "pip install 'mhaffn[cuda]'"
         )
@@ -177,7 +169,7 @@ def measure_machine(
 
     from mhaffn.probe import measure
     from mhaffn.profile import Profile
-    from mhaffn.shapes import shape_of
+    from mhaffn.shapes import SHAPES, shape_of
 
     cuda = torch.cuda.is_available()
     if model is not None:
@@ -185,7 +177,7 @@ def measure_machine(
     elif (folder / "config.json").exists():
         config = ModelConfig.from_folder(folder)
     else:
-        config = LLAMA_8B if cuda else LLAMA_1B
+        config = SHAPES["llama3-8b"] if cuda else LLAMA_1B
     target = target or Profile.default_path()
     started_s = time.perf_counter()
     found = measure(

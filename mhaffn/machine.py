@@ -24,7 +24,7 @@ def describe() -> dict[str, object]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "gpu": _gpu(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in PACKAGES if (version := version_of(name))},
         "mhaffn": mhaffn.__version__,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -36,6 +36,14 @@ def file_name(device: str) -> str:
     gpu = _gpu() if device == "cuda" else None
     words = str(gpu["name"]).removeprefix("NVIDIA ") if gpu else f"{_cpu()} {os.cpu_count()} cores"
     return re.sub(r"\W+", "-", words.lower()).strip("-")
+
+
+def version_of(package: str) -> str:
+    """The version of a package that is installed; empty where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _cpu() -> str:
@@ -56,13 +64,6 @@ def _gpu() -> dict[str, object] | None:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _commit() -> str | None:
