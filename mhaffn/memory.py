@@ -14,13 +14,12 @@ from mhaffn.config import Sublayer
 from mhaffn.device import CudaDevice, HostDevice
 from mhaffn.errors import ReadError
 from mhaffn.image import Image, Weights, as_buffer, check_digest, extent_of, view
-from mhaffn.plan import Plan
+from mhaffn.plan import PAGE, Plan
 from mhaffn.reader import Extent, PinnedArena, Reader, Request, Slot
 from mhaffn.store import Store
 from mhaffn.store.safetensors import TensorInfo
 
 PIECES = 4
-PAGE = 4096
 
 
 @dataclass

@@ -16,6 +16,7 @@ from mhaffn.config import Sublayer
 from mhaffn.ring import ByteRing
 
 CHUNK_BYTES = 16 << 20
+"""What is copied at once, as soon as it has arrived."""
 PASSES = 6
 
 

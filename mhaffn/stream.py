@@ -29,13 +29,13 @@ from mhaffn.errors import MhaffnError, StreamError
 from mhaffn.image import Image, Segment, Weights
 from mhaffn.plan import Plan
 from mhaffn.ring import ByteRing
+from mhaffn.simulate import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from mhaffn.memory import Residents
     from mhaffn.reader import PinnedArena, Reader, Request, Slot
     from mhaffn.trace import Trace
 
-CHUNK_BYTES = 16 << 20
 STOP_S = 30.0
 
 

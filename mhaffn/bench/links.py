@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 
@@ -12,12 +12,12 @@ import torch
 from mhaffn.bench.rounds import Measurement, repeat
 from mhaffn.config import KINDS, Kind, Sublayer, order
 from mhaffn.image import Image, Segment, Weights
-from mhaffn.memory import PAGE
+from mhaffn.plan import PAGE
 from mhaffn.reader import Extent, PinnedArena, Reader, ReaderInfo, Request, Slot
 from mhaffn.roofs import seconds
+from mhaffn.simulate import CHUNK_BYTES
 from mhaffn.store import Store
 
-CHUNK_BYTES = 16 << 20
 PLACES = 2
 """Layers that have room in host memory at once: reads of one go on while those of the other are waited for."""
 
@@ -47,7 +47,7 @@ class Links:
             image, request = self._images[Sublayer(0, kind)], self._submit(Sublayer(0, kind))
             request.wait()
             memory = torch.empty(image.nbytes, dtype=torch.uint8, device=self.device)
-            self._copy(memory, image.segments(request.placements))
+            self._copy(memory, image.chunks(request.placements, CHUNK_BYTES))
             found[kind] = image.views(memory)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -69,7 +69,7 @@ class Links:
         for kind in KINDS:
             request = self._submit(Sublayer(0, kind))
             request.wait()
-            sources[kind] = layer[kind].segments(request.placements)
+            sources[kind] = list(layer[kind].chunks(request.placements, CHUNK_BYTES))
         target = torch.empty(max(image.nbytes for image in layer.values()), dtype=torch.uint8, device=self.device)
 
         def copy(kinds: tuple[Kind, ...]) -> None:
@@ -82,13 +82,11 @@ class Links:
         found = [Measurement(f"h2d.{kind}", repeat(lambda kind=kind: ms((kind,)))) for kind in KINDS]  # type: ignore[misc]
         return [*found, Measurement("h2d.layer", repeat(lambda: ms(KINDS)))]
 
-    def _copy(self, target: torch.Tensor, segments: list[Segment]) -> None:
+    def _copy(self, target: torch.Tensor, chunks: Iterable[Segment]) -> None:
         memory = torch.frombuffer(self._slots[0], dtype=torch.uint8)
-        for segment in segments:
-            for start in range(0, segment.nbytes, CHUNK_BYTES):
-                nbytes = min(CHUNK_BYTES, segment.nbytes - start)
-                source = memory[segment.source + start : segment.source + start + nbytes]
-                target[segment.target + start : segment.target + start + nbytes].copy_(source, non_blocking=True)
+        for chunk in chunks:
+            source = memory[chunk.source : chunk.source + chunk.nbytes]
+            target[chunk.target : chunk.target + chunk.nbytes].copy_(source, non_blocking=True)
 
     def _extents(self, sublayer: Sublayer) -> list[Extent]:
         return self._images[sublayer].extents
