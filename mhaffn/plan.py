@@ -131,7 +131,7 @@ class Sizes:
         return sum(nbytes // PAGE * PAGE + 2 * PAGE for nbytes in self.tensors(sublayer))
 
     def resident(self) -> int:
-        return sum(self._nbytes(shape) for shape in self.config.resident_shapes().values())
+        return sum(ITEM_BYTES[self.dtype] * math.prod(shape) for shape in self.config.resident_shapes().values())
 
     def kv_cache(self, work: Workload) -> int:
         c = self.config
@@ -168,12 +168,6 @@ class Sizes:
         format = self.formats.of(sublayer) or PLAIN
         shapes = self.config.sublayer_shapes(sublayer.kind).values()
         return tuple(part.nbytes for shape in shapes for part in format.parts(shape, self.dtype).values())
-
-    def _nbytes(self, shape: Iterable[int]) -> int:
-        nbytes = ITEM_BYTES[self.dtype]
-        for n in shape:
-            nbytes *= n
-        return nbytes
 
 
 @dataclass(frozen=True)

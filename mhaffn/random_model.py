@@ -15,7 +15,8 @@ import xxhash
 from mhaffn.config import ModelConfig, order
 from mhaffn.formats import PLAIN, Format, Formats, Part
 from mhaffn.shapes import SHAPES
-from mhaffn.store.format import SUFFIXES
+from mhaffn.store.format import INDEX_NAME, SUFFIXES
+from mhaffn.store.manifest import NAME, Manifest
 from mhaffn.store.safetensors import CODES, write_header
 from mhaffn.store.source import tensors_by_file
 
@@ -57,9 +58,8 @@ def write_random_model(
         if key in of:
             total += _nbytes(parts)
         weight_map |= dict.fromkeys(parts, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    manifest = {"version": 1, "dtype": "bfloat16", "source": "random", "checksums": checksums}
-    (folder / "mhaffn.json").write_text(json.dumps(manifest))
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / NAME).write_text(Manifest("bfloat16", "random", checksums).to_json())
     return total
 
 
@@ -81,7 +81,7 @@ def write_random_shards(folder: Path, shape: str, layers: int) -> int:
         weight_map |= {tensor: name for tensors in parts for tensor in tensors}
     total = sum(_nbytes(tensors) for shard, parts in shards.items() if shard > 1 for tensors in parts)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / INDEX_NAME).write_text(json.dumps(index))
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", pad_token="w2").save_pretrained(
         folder
