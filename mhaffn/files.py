@@ -1,4 +1,4 @@
-"""Opening files that may be anything: a pipe, a device, far too large, or no JSON at all."""
+"""Opening files that may be anything: a pipe, a device, far too large, or no JSON at all; and where ours are kept."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxstring, _short.maxoth
 def shown(value: object) -> str:
     """``value`` as an error message shows it: escaped, and short however long or deep it is."""
     return _short.repr(value)
+
+
+def default_cache() -> Path:
+    """``mhaffn`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhaffn"
 
 
 def open_regular(path: str | Path) -> BinaryIO:

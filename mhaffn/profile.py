@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from mhaffn.config import KINDS, Kind, ModelConfig
 from mhaffn.errors import ConfigError
-from mhaffn.files import read_json_object
+from mhaffn.files import default_cache, read_json_object
 from mhaffn.forecast import PHASES, Machine
 from mhaffn.plan import Workload
 from mhaffn.simulate import Links
@@ -86,7 +85,7 @@ class Profile:
     @staticmethod
     def default_path() -> Path:
         """``mhaffn/profile.json`` in the user's cache folder."""
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhaffn" / "profile.json"
+        return default_cache() / "profile.json"
 
     @staticmethod
     def of_this_machine() -> Profile | None:
