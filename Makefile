@@ -24,7 +24,8 @@ test: install csrc-test ## everything that needs no GPU, in minutes
 test-full: install csrc-test csrc-sanitize test-oldest test-tritons ## long matrices, sanitizers, soaks, old and new libraries
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900
 
-TRANSFORMERS_TESTS := $(addprefix tests/test_,hf.py stream.py replace.py attention_interface.py integrations.py streamed.py meta.py cache.py)
+TRANSFORMERS_TESTS := $(addprefix tests/test_,$(addsuffix .py,hf stream stream_memory stream_ends replace replace_left \
+  replace_restore attention_interface integrations streamed meta cache))
 
 OLDEST := .venv-oldest
 test-oldest: install

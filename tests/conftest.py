@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +75,22 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models this small, several threads spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def copying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sublayers are copied to the CPU as they are to a GPU."""
+    from mhaffn.plan import make_plan
+    from tests.streaming import CopyingHost
+
+    monkeypatch.setattr("mhaffn.runner.open_device", lambda device, trace: CopyingHost(trace))
+    monkeypatch.setattr("mhaffn.opening.make_plan", lambda *a, **options: make_plan(*a, **(options | {"copies": True})))

@@ -15,7 +15,7 @@ from transformers.masking_utils import causal_mask_function
 import mhaffn
 from mhaffn.attention_interface import attention_function, mask_function
 from mhaffn.errors import ConfigError
-from tests.test_replace import FAMILIES, make, one_thread, padded, prompt, run_steps  # noqa: F401
+from tests.live_models import FAMILIES, make, padded, prompt, run_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread", "registered")
 

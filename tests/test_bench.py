@@ -35,8 +35,8 @@ from mhaffn.random_model import write_random_model
 from mhaffn.reader import Reader
 from mhaffn.store import Store
 from tests.bench_reports import check_derived
+from tests.streaming import CopyingHost
 from tests.test_bench_report import numbers
-from tests.test_stream import CopyingHost
 
 SETTINGS = session.Settings(shape="tiny", quick=True, seconds=4.0, tokens=64, device="cpu")
 SLOWER = 12

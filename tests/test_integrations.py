@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_replace import make
+from tests.live_models import make
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mhaffn
 from mhaffn.errors import ConfigError, UnsupportedModelError
-from tests.test_replace import classes, one_thread  # noqa: F401
+from tests.live_models import classes
 
 if "CI" not in os.environ:  # there it is installed
     pytest.importorskip("llama_models", reason="pip install llama-models==0.3.0 fairscale==0.4.13")

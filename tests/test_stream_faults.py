@@ -23,7 +23,7 @@ from mhaffn.errors import EngineUnavailableError, ReadError, TruncatedFileError
 from mhaffn.store.pack import pack
 from tests.conftest import Model
 from tests.reader_files import loop_mount
-from tests.test_stream import greedy, load_placed, resident_tokens, rss
+from tests.streaming import greedy, load_placed, resident_tokens, rss
 
 FUSE = Path(__file__).with_name("fuse_file.py")
 ENGINES = pytest.mark.parametrize("engine", ["io_uring", "threads"])
