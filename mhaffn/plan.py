@@ -7,14 +7,15 @@ fastest pass is taken: by the bound of its links, and, where a machine's speeds 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, format_bytes, order
 from mhaffn.errors import BudgetError, ConfigError
-from mhaffn.formats import ITEM_BYTES, PLAIN, Formats
+from mhaffn.formats import ITEM_BYTES, PLAIN, Format, Formats
 from mhaffn.placement import TIERS, Mix, Pair, Tier, fillings, least_window, windows
 from mhaffn.ring import ByteRing
 from mhaffn.simulate import Links, Work, predict
@@ -165,9 +166,14 @@ class Sizes:
         """Bytes of each tensor."""
         if sublayer in self.stored:
             return self.stored[sublayer]
-        format = self.formats.of(sublayer) or PLAIN
-        shapes = self.config.sublayer_shapes(sublayer.kind).values()
-        return tuple(part.nbytes for shape in shapes for part in format.parts(shape, self.dtype).values())
+        return _tensors(self.config, sublayer.kind, self.formats.of(sublayer) or PLAIN, self.dtype)
+
+
+@lru_cache
+def _tensors(config: ModelConfig, kind: Kind, format: Format, dtype: str) -> tuple[int, ...]:
+    """Bytes of each tensor of a sublayer: a plan asks many times, and layers of one format are alike."""
+    shapes = config.sublayer_shapes(kind).values()
+    return tuple(part.nbytes for shape in shapes for part in format.parts(shape, dtype).values())
 
 
 @dataclass(frozen=True)
@@ -414,7 +420,7 @@ def _ring_bytes(cycle: tuple[int, ...], depth: int) -> int:
     """
     if not cycle:
         return 0
-    runs = [[sum(_repeated(cycle, i, length)) for i in range(len(cycle))] for length in range(depth + 1, depth + 4)]
+    runs = [_runs(cycle, length) for length in range(depth + 1, depth + 4)]
     window = max(runs[0])
     always = window + max(cycle)  # the end of the ring, where the next image may not fit, costs one image at most
     if depth > 1 and always <= STAGING_BYTES:
@@ -423,26 +429,26 @@ def _ring_bytes(cycle: tuple[int, ...], depth: int) -> int:
     return next((total for total in candidates if _holds(total, cycle, depth)), always)
 
 
-def _repeated(cycle: tuple[int, ...], start: int, length: int) -> Iterable[int]:
-    return (cycle[(start + j) % len(cycle)] for j in range(length))
+def _runs(cycle: tuple[int, ...], length: int) -> list[int]:
+    """Bytes of ``length`` images in a row, from each one of the cycle on."""
+    turns = 1 + -(-length // len(cycle))
+    until = list(accumulate(cycle * turns, initial=0))
+    return [until[i + length] - until[i] for i in range(len(cycle))]
 
 
 def _holds(capacity: int, cycle: tuple[int, ...], depth: int) -> bool:
     """Whether ``depth`` + 1 images always fit as the cycle turns, until it stands as it once stood."""
-    ring, held, starts = ByteRing(capacity), 0, Counter[int]()
-    while True:
-        for number, nbytes in enumerate(cycle):
-            if held > depth:
+    ring, held, stood = ByteRing(capacity), deque[int](maxlen=depth + 1), set[tuple[int, ...]]()
+    while (stands := tuple(held)) not in stood:
+        stood.add(stands)
+        for nbytes in cycle:
+            if len(held) > depth:
                 ring.free()
-                held -= 1
             offset = ring.take(nbytes)
             if offset is None:
                 return False
-            held += 1
-            if number == 0:  # where a turn starts decides all its places
-                starts[offset] += 1
-                if starts[offset] > depth + 2:
-                    return True
+            held.append(offset)
+    return True
 
 
 def _too_small(option: str, budget: int, least: int) -> BudgetError:
