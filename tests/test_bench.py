@@ -8,10 +8,8 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +33,7 @@ from mhaffn.random_model import write_random_model
 from mhaffn.reader import Reader
 from mhaffn.store import Store
 from tests.bench_reports import check_derived
+from tests.processes import running
 from tests.streaming import CopyingHost
 from tests.test_bench_report import numbers
 
@@ -213,25 +212,14 @@ def test_an_error_on_the_way_leaves_nothing_behind(
 def test_being_stopped_leaves_nothing_behind(stop: signal.Signals, tmp_path: Path) -> None:
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     scratch.mkdir()
-    command = [sys.executable, "-m", "mhaffn", "bench", "--shape", "tiny", "--quick", "--seconds", "60"]
-    process = subprocess.Popen(
-        [*command, "--folder", str(scratch), "--out", str(out)], stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    wait_for(lambda: any(scratch.glob("*/layer-001-ffn.safetensors")))
-    process.send_signal(stop)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 128 + stop, errors
-    assert "removed at the end" in errors and "Traceback" not in errors
-    assert "interrupted" in errors or stop != signal.SIGINT
+    words = ("bench", "--shape", "tiny", "--quick", "--seconds", 60, "--folder", scratch, "--out", out)
+    with running(*words) as process:
+        process.until(lambda: any(scratch.glob("*/layer-001-ffn.safetensors")))
+        process.send_signal(stop)
+        assert process.wait(30) == 128 + stop, process.told
+        assert "removed at the end" in process.told and "Traceback" not in process.told
+        assert "interrupted" in process.told or stop != signal.SIGINT
     assert list(scratch.iterdir()) == []
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < ends, "it never came to that"
-        time.sleep(0.02)
 
 
 def test_room_is_checked_before_anything_is_written(

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ from mhaffn.config import ModelConfig, order
 from mhaffn.plan import Sizes
 from mhaffn.store import Store, pack
 from tests.conftest import Model
+from tests.processes import running
 from tests.store.killed import pack_and_die
 
 Here = Callable[..., tuple[int, str, str]]
-MHAFFN = [sys.executable, "-c", "from mhaffn.cli import main; main()"]
 
 
 @pytest.fixture(scope="session")
@@ -43,11 +42,11 @@ def model(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    words = [str(argument) for argument in arguments]
+    words = [sys.executable, "-c", "from mhaffn.cli import main; main()", *map(str, arguments)]
     figures = os.environ.get("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))
     no_profile = {"XDG_CACHE_HOME": os.devnull, "MPLCONFIGDIR": figures}  # of this machine
     environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"} | no_profile | environment
-    return subprocess.run([*MHAFFN, *words], capture_output=True, text=True, timeout=120, env=environ)
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, env=environ)
 
 
 @pytest.fixture
@@ -157,33 +156,19 @@ def test_the_answer_stops_at_the_context(model: Path, here: Here) -> None:
 def test_a_read_error_in_the_middle_ends_with_an_error_not_with_text(model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     subprocess.run(["cp", "-r", model, copy], check=True)
-    process = subprocess.Popen(
-        [*MHAFFN, "run", str(copy), "-p", "w5", "--max-new-tokens", "240", "--dram", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert process.stdout is not None
-    process.stdout.read(8)
-    os.truncate(copy / "layer-001-ffn.safetensors", 5000)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "layer-001-ffn" in errors and "Traceback" not in errors
+    with running("run", copy, "-p", "w5", "--max-new-tokens", 240, "--dram", 0) as process:
+        process.until(lambda: len(process.printed) >= 8)
+        os.truncate(copy / "layer-001-ffn.safetensors", 5000)
+        assert process.wait() == 2
+        assert "layer-001-ffn" in process.told and "Traceback" not in process.told
 
 
 def test_ctrl_c_ends_with_the_summary(model: Path) -> None:
-    process = subprocess.Popen(
-        [*MHAFFN, "run", str(model), "-p", "w5", "--max-new-tokens", "250", "--dram", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert process.stdout is not None
-    process.stdout.read(8)
-    started = time.perf_counter()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert time.perf_counter() - started < 10
-    assert process.returncode == 130, errors
-    assert "interrupted" in errors and "decode:" in errors and "Traceback" not in errors
+    with running("run", model, "-p", "w5", "--max-new-tokens", 250, "--dram", 0) as process:
+        process.until(lambda: len(process.printed) >= 8)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130, process.told
+        assert "interrupted" in process.told and "decode:" in process.told and "Traceback" not in process.told
 
 
 def test_ctrl_c_in_the_first_pass_leaves_no_timeline(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +17,9 @@ from mhaffn.probe import _compute_s, measure
 from mhaffn.profile import Profile, Widths
 from mhaffn.store import Store
 from tests.conftest import Model
+from tests.processes import running
 
 Here = Callable[..., tuple[int, str, str]]
-MHAFFN = [sys.executable, "-c", "from mhaffn.cli import main; main()"]
 
 
 @pytest.fixture
@@ -95,17 +92,11 @@ def test_the_files_of_a_model_are_read_themselves(
 def test_ctrl_c_while_reading_leaves_no_file(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    process = subprocess.Popen(
-        [*MHAFFN, "doctor", str(disk), "--measure"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(tmp_path / "cache")},
-    )  # fmt: skip
-    assert process.stderr is not None
-    while "reading it" not in process.stderr.readline():
-        assert process.poll() is None
-    assert len(list(disk.iterdir())) == 1
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    with running("doctor", disk, "--measure", XDG_CACHE_HOME=str(tmp_path / "cache")) as process:
+        process.until(lambda: "reading it" in process.told)
+        assert len(list(disk.iterdir())) == 1
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130 and "Traceback" not in process.told
     assert list(disk.iterdir()) == [] and not (tmp_path / "cache").exists()
 
 

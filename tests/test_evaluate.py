@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mhaffn.evaluate import evaluate
 from mhaffn.hf import StreamedLlama
 from mhaffn.session import Options
 from tests.conftest import Model
+from tests.processes import running
 
 WORDS = 200
 OPTIONS = Options(device="cpu", dram=0)
@@ -145,20 +145,16 @@ def test_logits_that_are_no_numbers(tiny_model: Model, tmp_path: Path) -> None:
     refused(ConfigError, "logits that are not finite", folder, tmp_path / "text")
 
 
-COMMAND = [sys.executable, "-c", "from mhaffn.cli import main; main()", "eval"]
-
-
 def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     write_text(tmp_path / "text", 100)
-    command = [*COMMAND, str(pair[0]), "--text", str(tmp_path / "text"), "--reference", str(pair[1])]
-    ran = subprocess.run(
-        [*command, "--context", "50", "--device", "cpu", "--json", "-"], capture_output=True, text=True, check=True
-    )
-    values = json.loads(ran.stdout)
-    assert values["finished"] and values["tokens"] == 98
-    assert f"perplexity {values['perplexity']:.4f}" in ran.stderr and "nats a token" in ran.stderr
-    wrong = subprocess.run([*COMMAND, str(pair[0]), "--text", str(tmp_path / "none")], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "cannot be read" in wrong.stderr and "Traceback" not in wrong.stderr
+    words = ("eval", pair[0], "--text", tmp_path / "text", "--reference", pair[1], "--context", 50, "--device", "cpu")
+    with running(*words, "--json", "-") as process:
+        assert process.wait() == 0, process.told
+        values = json.loads(process.printed)
+        assert values["finished"] and values["tokens"] == 98
+        assert f"perplexity {values['perplexity']:.4f}" in process.told and "nats a token" in process.told
+    with running("eval", pair[0], "--text", tmp_path / "none") as process:
+        assert process.wait() == 2 and "cannot be read" in process.told and "Traceback" not in process.told
 
 
 def test_ctrl_c_ends_with_what_was_measured(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import tempfile
@@ -20,6 +19,7 @@ from mhaffn.errors import StoreError
 from mhaffn.store import Store, pack
 from mhaffn.verify import verify
 from tests.conftest import Model
+from tests.processes import as_an_interpreter, context
 
 ODD_NAME = "a folder – with “spaces”, Umlauten äöü, 模型 and a 'quote'"
 
@@ -137,9 +137,6 @@ def test_any_path_will_do(tiny_model: Model, tmp_path: Path) -> None:
     assert verify(store.path).ok
 
 
-_context = multiprocessing.get_context("spawn")
-
-
 def _stream(folder: Path, barrier: Any, results: Any) -> None:
     torch.set_num_threads(1)
     with mhaffn.load(folder, gpu=None, dram=None, device="cpu") as model:
@@ -149,8 +146,9 @@ def _stream(folder: Path, barrier: Any, results: Any) -> None:
 
 def test_two_processes_stream_one_store_at_once(tiny_model: Model, tmp_path: Path) -> None:
     store = pack(tiny_model(), tmp_path / "store", stripe=[tmp_path / "a", tmp_path / "b"])
-    barrier, results = _context.Barrier(2), _context.Queue()
-    processes = [_context.Process(target=_stream, args=(store.path, barrier, results)) for _ in range(2)]
+    barrier, results = context.Barrier(2), context.Queue()
+    work = (_stream, store.path, barrier, results)
+    processes = [context.Process(target=as_an_interpreter, args=work) for _ in range(2)]
     for process in processes:
         process.start()
     found = [results.get(timeout=120) for _ in processes]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STEPS = ((os, "fsync"), (os, "rename"), (os, "unlink"), (os, "ftruncate"), (os, "symlink"), (os, "mkdir"))
+from tests.processes import context
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "safetensors.torch", "mhaffn.store", "mhaffn.calibrate", "transformers.models.llama.modeling_llama"]
-)
+STEPS = ((os, "fsync"), (os, "rename"), (os, "unlink"), (os, "ftruncate"), (os, "symlink"), (os, "mkdir"))
 
 
 def pack_and_die(source: Path, target: Path, step: int, **places: Any) -> bool:
     """Packs until just before ``step``; says whether the process was killed (False: it finished before)."""
-    process = _context.Process(target=_run, args=(source, target, step, places))
+    process = context.Process(target=_run, args=(source, target, step, places))
     process.start()
     process.join(60)
     assert process.exitcode in (0, -signal.SIGKILL)
