@@ -31,11 +31,18 @@ FULL = [(arch, dtype) for arch in tiles.SHARED_MEMORY_LIMIT for dtype in ("bfloa
 CASES = [pytest.param(*c, marks=[] if c in QUICK else [pytest.mark.slow], id="-".join(c)) for c in FULL]
 
 
+def compile_tiles(arch, dtype):
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # may put another Triton first
+    environment = {**os.environ, "PYTHONPATH": paths}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, str(SCRIPT), arch, dtype], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.ahead(work=compile_tiles)
 @pytest.mark.parametrize(("arch", "dtype"), CASES)
 def test_shipped_tiles_compile(arch, dtype, ahead):
-    run = ahead(compile_tiles)
-    assert run.returncode == 0, run.stderr[-3000:]
-    compiled = json.loads(run.stdout)
+    assert ahead.returncode == 0, ahead.stderr[-3000:]
+    compiled = json.loads(ahead.stdout)
     assert len(compiled) >= (8 if dtype == "float32" else 30)
     for kernel in compiled:
         assert kernel["shared"] <= tiles.SHARED_MEMORY_LIMIT[arch], kernel
@@ -44,13 +51,6 @@ def test_shipped_tiles_compile(arch, dtype, ahead):
         prefill = [k for k in compiled if k["name"] in ("prefill_kernel", "prefill_sm90_kernel", "gate_up_kernel")]
         assert len({k["name"] for k in prefill}) == 3 and all(k["wgmma"] for k in prefill)
         assert all(k["copies"] for k in prefill if k["name"] != "prefill_kernel")
-
-
-def compile_tiles(arch, dtype):
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # may put another Triton first
-    environment = {**os.environ, "PYTHONPATH": paths}
-    environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run([sys.executable, str(SCRIPT), arch, dtype], env=environment, capture_output=True, text=True)
 
 
 QUANTIZED = [
@@ -100,19 +100,6 @@ def test_every_cuda_source_has_its_cases():
     assert {source.name for source in CUDA_SOURCES} == {case[0] for case in _cuda_cases()}
 
 
-@pytest.mark.parametrize(("name", "arch", "options"), CUDA_CASES)
-def test_cuda_source_compiles(name, arch, options, ahead):
-    told, code = ahead(compile_cuda)
-    if told is None:
-        return
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", told)]
-    assert spilled and max(spilled) <= CUDA_SPILL_BYTES_MAX, told
-    assert "wgmma.mma_async instructions are serialized" not in told
-    if name == nvrtc_quantized.SOURCE_SM90:
-        assert any("HGMMA" in text for _, text in code)
-        assert not sass.hazards(code), "\n".join(sass.hazards(code)[:8])
-
-
 def compile_cuda(name, arch, options):
     """What nvcc tells and, of the sm_90 source, the instructions it makes; (None, None) where there is only NVRTC."""
     source = nvrtc.SOURCES / name
@@ -153,3 +140,17 @@ def _compile_with_nvrtc(root: Path, code: str, options: list[str]) -> None:
     log = ctypes.create_string_buffer(size.value)
     library.nvrtcGetProgramLog(program, log)
     assert status == 0, log.value.decode()
+
+
+@pytest.mark.ahead(work=compile_cuda)
+@pytest.mark.parametrize(("name", "arch", "options"), CUDA_CASES)
+def test_cuda_source_compiles(name, arch, options, ahead):
+    told, code = ahead
+    if told is None:
+        return
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", told)]
+    assert spilled and max(spilled) <= CUDA_SPILL_BYTES_MAX, told
+    assert "wgmma.mma_async instructions are serialized" not in told
+    if name == nvrtc_quantized.SOURCE_SM90:
+        assert any("HGMMA" in text for _, text in code)
+        assert not sass.hazards(code), "\n".join(sass.hazards(code)[:8])

@@ -18,6 +18,7 @@ def interpreted(kernel: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), kernel], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.ahead(work=interpreted)
 @pytest.mark.parametrize(
     "kernel",
     [
@@ -31,5 +32,4 @@ def interpreted(kernel: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_kernel_in_the_interpreter(kernel, ahead):
-    run = ahead(interpreted)
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert ahead.returncode == 0, ahead.stderr[-3000:]
