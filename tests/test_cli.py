@@ -53,7 +53,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
     """Runs the command in this process: exit code, standard output, standard error."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/no/such/folder")  # no profile of this machine
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)  # no profile of this machine
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["mhaffn", *map(str, arguments)])
@@ -133,6 +133,7 @@ def test_prompt_from_stdin_and_sampling_with_a_seed(model: Path, here: Here, mon
         (["MODEL", "--device", "tpu"], "tpu"),
         (["MODEL", "--trace", "/no/such/folder/trace.json"], "/no/such/folder is no folder"),
         (["MODEL", "--timeline", "/no/such/folder/pass.png"], "/no/such/folder is no folder"),
+        (["MODEL", "--trace", "-"], "standard output is taken"),
     ],
 )
 def test_a_mistake_gets_one_paragraph_and_exit_2(arguments: list[str], message: str, model: Path, here: Here) -> None:
@@ -287,6 +288,9 @@ def test_doctor_tells_engine_memory_and_gpu(tmp_path: Path, here: Here) -> None:
     for piece in ("engine", "O_DIRECT", "memlock", "huge pages", "GPU", "versions"):
         assert piece in out
     assert code == 0
+    for option in (["--tokens", 64], ["--model", "llama3-8b"], ["--profile", tmp_path / "profile.json"]):
+        code, _, err = here("doctor", tmp_path, *option)
+        assert code == 2 and f"got {option[0]} without --measure" in err
 
 
 def test_help_teaches(here: Here) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mhaffn.cli.common import console, writable
+from mhaffn.errors import ConfigError
 
 
 def doctor(
@@ -43,6 +44,9 @@ def doctor(
     """
     from mhaffn.doctor import disk_table, examine, measure_machine
 
+    for name, value in {"model": model, "tokens": tokens or None, "profile": profile}.items():
+        if value is not None and not measure:
+            raise ConfigError(f"got --{name} without --measure, which alone has a use for it")
     table = Table(show_header=False, box=None, padding=(0, 1))
     findings = examine(path)
     marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}

@@ -12,11 +12,11 @@ from mhaffn.cli.common import (
     DeviceOption,
     DramOption,
     GpuOption,
+    JsonOption,
     ModelArgument,
     console,
     progress_bar,
     results,
-    writable,
     write_json,
 )
 
@@ -34,9 +34,7 @@ def evaluate(
     gpu: GpuOption = "auto",
     dram: DramOption = "auto",
     device: DeviceOption = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=writable, help="Write the figures to this file; - is stdout.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Measure what a model makes of a text: perplexity, and how far it is from a reference (KL divergence).
 

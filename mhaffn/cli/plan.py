@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mhaffn.cli.common import FormatOption, results, writable, write_json
+from mhaffn.cli.common import FormatOption, JsonOption, results, write_json
 from mhaffn.errors import ConfigError
 
 
@@ -45,9 +45,7 @@ def plan(
     ] = None,
     mha: FormatOption = None,
     ffn: FormatOption = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=writable, help="Write all figures to this file; - is stdout.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Predict seconds a pass on a machine, before any weights are there, and what would help most.
 

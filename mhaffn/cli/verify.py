@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 
-from mhaffn.cli.common import DirectOption, EngineOption, ModelArgument, progress_bar, results, writable, write_json
+from mhaffn.cli.common import (
+    DirectOption,
+    EngineOption,
+    JsonOption,
+    ModelArgument,
+    progress_bar,
+    results,
+    write_json,
+)
 
 
 def verify(
     model: ModelArgument,
     engine: EngineOption = "auto",
     direct: DirectOption = "auto",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", callback=writable, help="Write all findings to this file; - is stdout.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Read a whole packed store and compare every checksum: names each damaged sublayer and missing file.
 
