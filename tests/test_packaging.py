@@ -61,7 +61,10 @@ STORE_LAYERS = [
     ("claim", "maker"),
     ("pack",),
 ]
-HEAVY = ("transformers", "cupy", "rich", "typer", "gguf", "safetensors", "xxhash", "huggingface_hub", "matplotlib")
+HEAVY = (
+    "transformers", "cupy", "rich", "typer", "gguf", "safetensors", "xxhash", "huggingface_hub", "matplotlib",
+    "mhaffn.cli",
+)  # fmt: skip
 
 
 def imported(path: Path, package: str) -> Iterator[str]:
