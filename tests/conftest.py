@@ -79,7 +79,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For models this small, several threads spend their time waiting for each other."""
+    """For models this small, several threads wait for each other: time lost, and on a busy machine much noise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

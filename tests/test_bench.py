@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,15 +38,6 @@ from tests.test_bench_report import numbers
 
 SETTINGS = session.Settings(shape="tiny", quick=True, seconds=4.0, tokens=64, device="cpu")
 SLOWER = 12
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make a busy machine's noise many times what it is."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
