@@ -42,7 +42,7 @@ class Hardware:
     ) -> Hardware:
         """Of sizes and speeds as people write them, ``16GiB`` and ``5GB``; raises :class:`ConfigError`."""
         written = (("ssd", ssd), ("h2d", h2d), ("hbm", hbm))
-        speeds = {name: float(parse_bytes(text)) for name, text in written if text}
+        speeds = {name: float(parse_bytes(text)) for name, text in written if text is not None}
         for name, speed in speeds.items():
             if speed < SPEED_MIN:
                 raise ConfigError(

@@ -330,6 +330,9 @@ def test_plan_needs_only_a_config(tmp_path: Path, here: Here) -> None:
         assert code == 2 and "context of 131073, expected at most 131072" in err
     code, out, _ = here("plan", tmp_path, "--dram", "200GiB", "--ffn", "int4", "--mha", "int4", "--hbm", "10GB")
     assert code == 0 and "decode: bound by compute" in out and "guessed" not in out
+    for speed, told in (("5", "got --ssd of 5 bytes a second, expected a speed with its unit"), ("", "as a size")):
+        code, _, err = here("plan", tmp_path, "--ssd", speed)  # as of a variable that was never set
+        assert code == 2 and told in err
     code, _, err = here("plan")
     assert code == 2 and "MODEL, or --measured" in err
 
