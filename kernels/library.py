@@ -52,19 +52,37 @@ def attention(
     allowed = None
     if not square:
         allowed = reference.attended(b, t, s, causal=causal, kv_lens=kv_lens, mask=mask, device=q.device)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=allowed,
-        is_causal=square,
-        scale=scale,
-        enable_gqa=hq != h,
-    )
+    if q.is_cuda and q.dtype == torch.float32:
+        out = by_group(q, k, v, allowed, square, scale)
+    else:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=allowed,
+            is_causal=square,
+            scale=scale,
+            enable_gqa=hq != h,
+        )
     may_be_empty = kv_lens is not None or mask is not None or (causal and t > s)
     if allowed is not None and may_be_empty:
         out = out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     return out.transpose(1, 2).contiguous().to(q.dtype)
+
+
+def by_group(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    """q [B, T, HQ, K], k and v [B, S, H, K] -> [B, HQ, T, K], one head of each group at a time.
+
+    PyTorch's fused float32 kernels on CUDA take no groups; what it falls back on writes the scores of all heads out.
+    """
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    heads = [
+        F.scaled_dot_product_attention(
+            one.transpose(1, 2), keys, values, attn_mask=allowed, is_causal=causal, scale=scale
+        ).transpose(1, 2)
+        for one in q.unflatten(2, (k.shape[2], -1)).unbind(3)
+    ]
+    return torch.stack(heads, 3).flatten(2, 3).transpose(1, 2)
 
 
 def gated(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class Sizes:
         return work.batch * (elements * item + logits) + narrow * SCRATCH_BYTES
 
     def masks(self, work: Workload) -> int:
-        """What attention on a CPU holds besides: which keys each query of a step sees, in bool and as a bias."""
+        """What PyTorch's attention holds besides: which keys each query of a step sees, in bool and as a bias."""
         return work.batch * min(work.tokens, CHUNK_TOKENS) * work.context * (2 + ITEM_BYTES[self.dtype])
 
     def fixed(self, work: Workload) -> int:
@@ -218,10 +218,13 @@ def make_plan(
         _check_placed(tiers, config)
     work = work or Workload()
     sizes = Sizes(config, dtype, formats or Formats(), stored or {})
+    beside = LIBRARY_BYTES if copies else 0
+    if dtype == "float32" or not copies:  # our kernels are for 16 bits on a GPU
+        beside += sizes.masks(work)
     memory = _Memory(
         work=work,
         images={sublayer: sizes.image(sublayer) for sublayer in order(config.num_layers)},
-        fixed=sizes.fixed(work) + (LIBRARY_BYTES if copies else sizes.masks(work)),
+        fixed=sizes.fixed(work) + beside,
         gpu=gpu if copies else None,
         dram=dram,
         copies=copies,

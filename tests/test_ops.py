@@ -226,6 +226,16 @@ def test_ffn_takes_views_into_a_flat_buffer():
     torch.testing.assert_close(ops.ffn(x, w1, w3, w2), reference.ffn(x, w1, w3, w2))
 
 
+def test_heads_of_a_group_one_at_a_time_give_what_all_give_at_once():
+    from mhaffn.kernels import library
+
+    q, k, v = torch.randn(2, 5, 6, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
+    allowed = torch.rand(2, 1, 5, 9) > 0.3
+    parts = [t.transpose(1, 2) for t in (q, k, v)]
+    whole = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=allowed, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(library.by_group(q, k, v, allowed, False, 0.3), whole)
+
+
 FEW_BITS = [("int4", 32, False), ("int4", 32, True), ("int8", 32, False), ("int8", 96, False), ("fp8", 96, False)]
 
 

@@ -226,6 +226,15 @@ def test_long_prompts_go_through_in_steps() -> None:
     assert long - short == 7 * CHUNK_TOKENS * 4 * model().hidden_size * 2
 
 
+@pytest.mark.parametrize(("dtype", "per_position"), [("float32", 6), ("bfloat16", 0)])
+def test_attention_in_float32_holds_masks_on_a_gpu(dtype, per_position) -> None:
+    """Which keys each query sees, in bool and as a bias: it is PyTorch's, that of 16 bits is ours."""
+    works = [Workload(tokens=16, context=context) for context in (64, 1064)]
+    short, long = (make_plan(model(), dtype, copies=True, work=work).fixed_bytes for work in works)
+    sizes = Sizes(model(), dtype)
+    assert long - short - (sizes.fixed(works[1]) - sizes.fixed(works[0])) == 16 * 1000 * per_position
+
+
 @dataclass(frozen=True)
 class Case:
     """A small model on a random machine, in one phase."""

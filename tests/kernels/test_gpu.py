@@ -62,6 +62,19 @@ def qkv(b, t, s, hq, h, dim, dtype, scale=1.0):
     return q, randn(b, s, h, dim, dtype=dtype, scale=scale), randn(b, s, h, dim, dtype=dtype)
 
 
+@pytest.mark.parametrize(("t", "s"), [(1024, 1024), (512, 1024)])
+def test_float32_attention_of_grouped_heads_never_holds_the_scores_of_all_of_them(t, s):
+    q, k, v = qkv(1, t, s, 32, 8, 128, torch.float32)
+    ops.attention(q, k, v)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = ops.attention(q, k, v)
+    held = torch.cuda.max_memory_allocated() - before
+    assert held < 32 * t * s * 4 / 2, held
+    truth = reference.attention(*up(q, k, v), causal=True, kv_lens=None, mask=None, compute=torch.float64)
+    assert relative_error(got, truth) < 1e-5
+
+
 def options_of(case, b, t, s):
     if case == "lens":
         return {"kv_lens": torch.tensor([s, max(1, s // 3), 0][:b], device="cuda")}
