@@ -189,8 +189,9 @@ def _load_to_device(
                 digest.update(as_buffer(piece))
         residents.tensors[name] = view(target, 0, tensor)
     _check_resident(store, digest.hexdigest(), verify)
-    for image in images:
-        memory = torch.empty(image.nbytes, dtype=torch.uint8, device=device.torch_device)
+    # One piece of memory: of many, the allocator would round each up by as much as 2 MiB.
+    place = torch.empty(sum(image.nbytes for image in images), dtype=torch.uint8, device=device.torch_device)
+    for image, memory in zip(images, place.split([image.nbytes for image in images]), strict=True):
         digest = xxhash.xxh3_64()
         for tensor, offset in zip(image.records.tensors, image.offsets, strict=True):
             for piece in _pieces(reader, arena, tensor, memory[offset : offset + tensor.nbytes], count):
