@@ -16,7 +16,11 @@ from mhaffn.plan import Workload
 
 
 class Room:
-    """What a plan counts for a layer's keys and values. Of several caches the one that grew last has it."""
+    """What a plan counts for a layer's keys and values. Of several caches the one that grew last has it.
+
+    What the others hold is not counted: an old ``past_key_values`` that is kept, if only by ``out = model(ids)`` in a
+    loop, takes as much memory besides.
+    """
 
     def __init__(self, work: Workload) -> None:
         self._context, self._positions = work.context, work.batch * work.context
