@@ -50,6 +50,7 @@ TURNS = 3
 TURNS_OF_A_DISK = 5
 """Disks drift more than links and processors do, so their turns are more, and the medians over them steadier."""
 WINDOW_S = 3.0
+H2D_S = 1.0
 CUDA = torch.cuda.is_available()
 Tiers = Mapping[Sublayer, Tier]
 
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama3-70b")
     parser.add_argument("--layers", type=int, nargs="+", default=[8])
     parser.add_argument("--prompts", type=int, nargs="*", default=[2048])
+    parser.add_argument("--mixes", nargs="*", metavar="WORDS", help="only mixes whose names hold one of these words")
     parser.add_argument("--passes", type=int, default=3, help="in a row, between two synchronised points")
     parser.add_argument("--whole", action="store_true", help="all layers of the shape, placed within the budgets")
     parser.add_argument("--gpu", default="16GiB")
@@ -103,7 +105,7 @@ def main() -> None:
         if options.whole:
             keep(whole(store, SHAPES[options.shape].num_layers, options))
         for layers in [] if options.whole else options.layers:
-            for row in measured(repeated(store, layers), options.prompts, options.passes):
+            for row in measured(repeated(store, layers), options.prompts, options.passes, options.mixes):
                 keep(row)
     finally:
         shutil.rmtree(options.folder)
@@ -119,8 +121,8 @@ def repeated(store: Store, layers: int) -> Store:
     return replace(store, config=config, sublayers=sublayers)
 
 
-def measured(store: Store, prompts: list[int], passes: int) -> Iterator[dict[str, Any]]:
-    """A row for each mix of tiers and each number of tokens."""
+def measured(store: Store, prompts: list[int], passes: int, only: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each mix of tiers, of those whose names hold one of ``only``, and each number of tokens."""
     layers = store.config.num_layers
     resident: Tier = "gpu" if CUDA else "dram"
     compute: dict[int, Compute] = {}
@@ -131,6 +133,8 @@ def measured(store: Store, prompts: list[int], passes: int) -> Iterator[dict[str
             ]
             compute[tokens] = Compute(min(samples), compute_seconds(model))
     for mix in mixes(layers, prompts):
+        if only and not any(words in mix.name for words in only):
+            continue
         yield from measure(store, mix, passes, compute)
 
 
@@ -320,28 +324,26 @@ def ssd_speed(store: Store) -> float:
 
 
 def h2d_speed() -> float:
-    """Bytes a second of copies in chunks from registered memory, by events."""
+    """Bytes a second of copies in chunks from registered memory, by events, over about a second.
+
+    For so long, because a shared link has slow moments: passes are timed over seconds, and meet them too.
+    """
     with PinnedArena(1 << 30) as arena, arena.lease(1 << 30) as slot:
         source = torch.frombuffer(slot, dtype=torch.uint8)
         target = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
 
-        def copy() -> None:
-            for start in range(0, 1 << 30, CHUNK):
-                target[start : start + CHUNK].copy_(source[start : start + CHUNK], non_blocking=True)
+        def copy(times: int) -> float:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            for _ in range(times):
+                for start in range(0, 1 << 30, CHUNK):
+                    target[start : start + CHUNK].copy_(source[start : start + CHUNK], non_blocking=True)
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3 / times
 
-        return (1 << 30) / event_seconds(copy)
-
-
-def event_seconds(work: Callable[[], None]) -> float:
-    times = []
-    for _ in range(6):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times[1:])
+        once = max(copy(1), copy(1))
+        return (1 << 30) / copy(math.ceil(H2D_S / once))
 
 
 if __name__ == "__main__":
