@@ -36,12 +36,13 @@ from mhaffn.formats import Formats
 from mhaffn.hf import StreamedLlama
 from mhaffn.image import Image
 from mhaffn.machine import describe
-from mhaffn.plan import Plan, Tier, Workload, make_plan
+from mhaffn.plan import Plan, Tier, make_plan
 from mhaffn.random_model import write_random_model
 from mhaffn.reader import PinnedArena, Reader, Request
 from mhaffn.runner import Runner
 from mhaffn.shapes import SHAPES
 from mhaffn.simulate import Links, Work, predict
+from mhaffn.sizes import Workload
 from mhaffn.store import Store
 
 CHUNK = 16 << 20

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from mhaffn.plan import Workload
+from mhaffn.sizes import Workload
 
 
 class Room:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, order
 from mhaffn.formats import Formats
-from mhaffn.plan import Plan, Sizes, Speeds, Workload, make_plan
+from mhaffn.plan import Plan, Speeds, make_plan
 from mhaffn.simulate import Links, Prediction, Work, predict
+from mhaffn.sizes import Sizes, Workload
 from mhaffn.trace import Phase
 
 Stored = Mapping[Sublayer, tuple[int, ...]]

@@ -24,9 +24,10 @@ from mhaffn.errors import ConfigError
 from mhaffn.huggingface import refuse_quantized
 from mhaffn.modules import Context
 from mhaffn.opening import open_runner
-from mhaffn.plan import CHUNK_TOKENS, Tier
+from mhaffn.plan import Tier
 from mhaffn.reader import Direct, Engine
 from mhaffn.runner import Runner
+from mhaffn.sizes import CHUNK_TOKENS
 from mhaffn.store import Store, resolve
 from mhaffn.streamed import require_stay
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from mhaffn.errors import ChecksumError, CorruptFileError
-from mhaffn.plan import DEVICE_ALIGN
 from mhaffn.reader import Extent
+from mhaffn.sizes import DEVICE_ALIGN
 from mhaffn.store import SublayerRecords
 from mhaffn.store.safetensors import DTYPES, TensorInfo
 

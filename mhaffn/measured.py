@@ -17,8 +17,8 @@ from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer
 from mhaffn.errors import ConfigError
 from mhaffn.forecast import PHASES, Forecast, Machine, forecast
 from mhaffn.formats import Formats
-from mhaffn.plan import Sizes, Workload
 from mhaffn.simulate import Links
+from mhaffn.sizes import Sizes, Workload
 from mhaffn.trace import Phase
 
 

@@ -14,8 +14,9 @@ from mhaffn.config import Sublayer
 from mhaffn.device import CudaDevice, HostDevice
 from mhaffn.errors import ReadError
 from mhaffn.image import Image, Weights, as_buffer, check_digest, extent_of, view
-from mhaffn.plan import PAGE, Plan
+from mhaffn.plan import Plan
 from mhaffn.reader import Extent, PinnedArena, Reader, Request, Slot
+from mhaffn.sizes import PAGE
 from mhaffn.store import Store
 from mhaffn.store.safetensors import TensorInfo
 

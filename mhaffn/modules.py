@@ -19,7 +19,7 @@ from torch import nn
 from mhaffn import ops
 from mhaffn.config import ModelConfig
 from mhaffn.image import Weights
-from mhaffn.plan import CHUNK_TOKENS
+from mhaffn.sizes import CHUNK_TOKENS
 
 Provider = Callable[[], AbstractContextManager[Weights]]
 

@@ -12,9 +12,10 @@ from mhaffn.budget import Budget, free_dram, free_gpu, resolve_budget
 from mhaffn.config import ModelConfig, Sublayer
 from mhaffn.device import choose_device, memory_errors
 from mhaffn.errors import ConfigError
-from mhaffn.plan import Tier, Workload, make_plan
+from mhaffn.plan import Tier, make_plan
 from mhaffn.reader import Direct, Engine, check_modes
 from mhaffn.runner import Runner
+from mhaffn.sizes import Workload
 from mhaffn.store import Store
 
 CONTEXT = 4096

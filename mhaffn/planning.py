@@ -14,10 +14,11 @@ from mhaffn.errors import ConfigError
 from mhaffn.forecast import PHASES, Forecast, Machine, Stored, changes
 from mhaffn.formats import Formats
 from mhaffn.measured import Layer, Measured, steps
-from mhaffn.plan import TIERS, Sizes, Workload
+from mhaffn.plan import TIERS
 from mhaffn.profile import Profile
 from mhaffn.shapes import SHAPES, folder_of
 from mhaffn.simulate import Links
+from mhaffn.sizes import Sizes, Workload
 from mhaffn.store import Store, manifest
 from mhaffn.trace import Phase
 

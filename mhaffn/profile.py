@@ -15,8 +15,8 @@ from mhaffn.config import KINDS, Kind, ModelConfig
 from mhaffn.errors import ConfigError
 from mhaffn.files import default_cache, read_json_object
 from mhaffn.forecast import PHASES, Machine
-from mhaffn.plan import Workload
 from mhaffn.simulate import Links
+from mhaffn.sizes import Workload
 from mhaffn.trace import Phase
 
 FORMAT = 1

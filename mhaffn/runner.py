@@ -18,8 +18,9 @@ from mhaffn.errors import ConfigError, StreamError
 from mhaffn.image import Image
 from mhaffn.memory import load_residents
 from mhaffn.modules import FFN, MHA, Block, Context, Provider
-from mhaffn.plan import Plan, Sizes
+from mhaffn.plan import Plan
 from mhaffn.reader import ArenaInfo, Direct, Engine, PinnedArena, Reader, ReaderInfo
+from mhaffn.sizes import Sizes
 from mhaffn.store import Store
 from mhaffn.stream import Stream
 from mhaffn.trace import Phase, Trace

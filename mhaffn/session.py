@@ -21,12 +21,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from mhaffn.errors import ConfigError, StoreError
 from mhaffn.forecast import PHASES
 from mhaffn.hf import StreamedLlama, load
-from mhaffn.plan import Workload
 from mhaffn.profile import Profile
 from mhaffn.reader import ReaderInfo
 from mhaffn.report import Report, engine_line, make_report, render
 from mhaffn.runner import Runner
 from mhaffn.simulate import Prediction, Work, predict
+from mhaffn.sizes import Workload
 from mhaffn.store import Store, resolve
 from mhaffn.timeline import draw
 from mhaffn.trace import Phase

@@ -29,8 +29,8 @@ from mhaffn.errors import ConfigError, UnsupportedModelError
 from mhaffn.hf import transformers_configs
 from mhaffn.huggingface import FAMILIES, halves, refuse_quantized, tiny_options, try_on_tiny
 from mhaffn.modules import FFN, MHA, Block, Context
-from mhaffn.plan import CHUNK_TOKENS
 from mhaffn.runner import Runner
+from mhaffn.sizes import CHUNK_TOKENS
 from mhaffn.store import Store
 from mhaffn.streamed import Owner, Streamed, StreamedLayer, changed, fill, parts_of, require_meta, require_same
 from mhaffn.swap import PassMemo, own_forward, swap

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 import mhaffn
 from mhaffn.cache import ReservedLayer, Room, reserve, rooms_of
-from mhaffn.plan import Workload
+from mhaffn.sizes import Workload
 from tests.conftest import Model
 
 STEPS = ["append", "append", "append", "cut", "reorder", "repeat", "select", "reset", "copy", "drop first", "lend"]

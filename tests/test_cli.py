@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mhaffn.cli
 from mhaffn.config import ModelConfig, order
-from mhaffn.plan import Sizes
+from mhaffn.sizes import Sizes
 from mhaffn.store import Store, pack
 from tests.conftest import Model
 from tests.processes import running

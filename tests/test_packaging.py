@@ -25,7 +25,7 @@ LAYERS = [
     ("formats",),
     ("quantized",),
     ("quantize",),
-    ("budget", "_native"),
+    ("budget", "_native", "sizes"),
     ("ring", "placement"),
     ("simulate",),
     ("reader", "store", "plan", "trace"),

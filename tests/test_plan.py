@@ -18,21 +18,9 @@ from hypothesis import strategies as st
 from mhaffn.config import KINDS, ModelConfig, Sublayer, order
 from mhaffn.errors import BudgetError, ConfigError
 from mhaffn.formats import Formats
-from mhaffn.plan import (
-    CHUNK_TOKENS,
-    LIBRARY_BYTES,
-    PAGE,
-    SHORT_PREFETCH_GAIN,
-    STAGING_BYTES,
-    TIERS,
-    Plan,
-    Sizes,
-    Speeds,
-    Tier,
-    Workload,
-    make_plan,
-)
+from mhaffn.plan import LIBRARY_BYTES, SHORT_PREFETCH_GAIN, STAGING_BYTES, TIERS, Plan, Speeds, Tier, make_plan
 from mhaffn.simulate import Links, Work, predict
+from mhaffn.sizes import CHUNK_TOKENS, PAGE, Sizes, Workload
 
 WORK = Workload(tokens=16, context=64)
 

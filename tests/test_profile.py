@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mhaffn.config import ModelConfig
 from mhaffn.errors import ConfigError
 from mhaffn.forecast import changes, forecast
-from mhaffn.plan import Workload
 from mhaffn.planning import Hardware, machine_for
 from mhaffn.profile import Compute, Profile, Widths
+from mhaffn.sizes import Workload
 
 CONFIG = ModelConfig("LlamaForCausalLM", 8, 4096, 14336, 32, 8, 128, 32000, 1e-5, 8192, False)
 WIDTHS = Widths.of(CONFIG)

@@ -27,11 +27,12 @@ from mhaffn.config import KINDS, Kind, Sublayer, order
 from mhaffn.device import HostDevice, HostMark
 from mhaffn.measured import Measured
 from mhaffn.modules import Provider
-from mhaffn.plan import STAGING_BYTES, TIERS, Plan, Sizes, Tier, make_plan
+from mhaffn.plan import STAGING_BYTES, TIERS, Plan, Tier, make_plan
 from mhaffn.reader import Extent, Reader, Request, Slot
 from mhaffn.report import make_report
 from mhaffn.runner import Runner
 from mhaffn.simulate import Links, Prediction, Work, predict
+from mhaffn.sizes import Sizes
 from mhaffn.store import Store
 from mhaffn.store.pack import pack
 from mhaffn.trace import Phase, Trace

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhaffn.config import ModelConfig, order
-from mhaffn.plan import TIERS, Plan, Sizes, Tier, make_plan
+from mhaffn.plan import TIERS, Plan, Tier, make_plan
 from mhaffn.simulate import Links, Work, predict
+from mhaffn.sizes import Sizes
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM", num_layers=6, hidden_size=1024, intermediate_size=4096, num_heads=8,

@@ -19,9 +19,10 @@ import mhaffn.runner
 from mhaffn.bench.memory import Watch
 from mhaffn.device import open_device
 from mhaffn.errors import BudgetError, ConfigError
-from mhaffn.plan import Plan, Workload, make_plan
+from mhaffn.plan import Plan, make_plan
 from mhaffn.reader import PinnedArena
 from mhaffn.ring import ByteRing
+from mhaffn.sizes import Workload
 from mhaffn.store import Store
 from mhaffn.trace import Trace
 from tests.conftest import Model

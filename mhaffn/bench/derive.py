@@ -13,11 +13,12 @@ from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, order
 from mhaffn.errors import BudgetError
 from mhaffn.forecast import PHASES, Forecast, Machine, changes
 from mhaffn.measured import Layer, Measured, analyse
-from mhaffn.plan import TIERS, Plan, Sizes, Workload
+from mhaffn.plan import TIERS, Plan
 from mhaffn.samples import Rounds, by_round, figure
 from mhaffn.samples import values as values_of
 from mhaffn.shapes import PUBLISHED, SHAPES
 from mhaffn.simulate import Links, Work, predict
+from mhaffn.sizes import Sizes, Workload
 from mhaffn.trace import Phase
 
 PARTS: tuple[str, ...] = (*KINDS, "layer")

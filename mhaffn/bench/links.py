@@ -12,10 +12,10 @@ import torch
 from mhaffn.bench.rounds import Measurement, repeat
 from mhaffn.config import KINDS, Kind, Sublayer, order
 from mhaffn.image import Image, Segment, Weights
-from mhaffn.plan import PAGE
 from mhaffn.reader import Extent, PinnedArena, Reader, ReaderInfo, Request, Slot
 from mhaffn.roofs import seconds
 from mhaffn.simulate import CHUNK_BYTES
+from mhaffn.sizes import PAGE
 from mhaffn.store import Store
 
 PLACES = 2

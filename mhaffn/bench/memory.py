@@ -12,7 +12,8 @@ import torch
 from mhaffn.bench import passes
 from mhaffn.config import ModelConfig, Sublayer, format_bytes
 from mhaffn.errors import BudgetError
-from mhaffn.plan import HUGE_PAGE, Plan, Sizes, Workload
+from mhaffn.plan import HUGE_PAGE, Plan
+from mhaffn.sizes import Sizes, Workload
 
 WORK_BYTES = {"cpu": 384 << 20, "cuda": 1 << 30}
 """Writing random weights, threads' buffers, what libraries allocate on first use."""

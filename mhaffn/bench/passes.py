@@ -19,8 +19,9 @@ from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, order
 from mhaffn.forecast import PHASES
 from mhaffn.inputs import FilledCache, context_of, hidden_states
 from mhaffn.modules import FFN, MHA, Block, Context, Provider
-from mhaffn.plan import Plan, Sizes, Tier, Workload, make_plan
+from mhaffn.plan import Plan, Tier, make_plan
 from mhaffn.runner import Runner
+from mhaffn.sizes import Sizes, Workload
 from mhaffn.store import Record, Store, SublayerRecords
 from mhaffn.store.safetensors import TensorInfo
 from mhaffn.trace import Phase

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mhaffn.kernels import library, nvrtc_quantized
-from mhaffn.plan import SCRATCH_BYTES
 from mhaffn.quantized import dequantize
+from mhaffn.sizes import SCRATCH_BYTES
 
 from .weights import random_weight
 
