@@ -20,6 +20,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedCache, StaticLayer
 
 from mhaffn import ops
+from mhaffn.arguments import DTYPES, HEAD_DIM_MAX
 from mhaffn.attention_interface import NAME, attend, register_attention
 from mhaffn.errors import ConfigError, UnsupportedModelError
 from mhaffn.modules import extended
@@ -243,7 +244,7 @@ def _why_not_linear(module: nn.Module, names: tuple[str, ...]) -> str | None:
             return (
                 f"{name}.weight is a {type(weight).__name__}, expected a Parameter: quantised or sharded weights stay"
             )
-        if weight.dtype not in ops.DTYPES or not weight.is_contiguous():
+        if weight.dtype not in DTYPES or not weight.is_contiguous():
             kind = f"{weight.dtype} with strides {weight.stride()}"
             return f"{name}.weight is {kind}, expected contiguous bfloat16, float16 or float32"
     return None
@@ -274,8 +275,8 @@ def _why_not_attention(attention: Any) -> str | None:
         return f"attention logits capped at {config.attn_logit_softcapping}"
     if getattr(config, "output_attentions", False):
         return "the config asks for output_attentions, which transformers' own code returns"
-    if attention.head_dim > ops.HEAD_DIM_MAX or attention.head_dim % 2:
-        return f"head dim of {attention.head_dim}, expected an even number up to {ops.HEAD_DIM_MAX}"
+    if attention.head_dim > HEAD_DIM_MAX or attention.head_dim % 2:
+        return f"head dim of {attention.head_dim}, expected an even number up to {HEAD_DIM_MAX}"
     return None
 
 

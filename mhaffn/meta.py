@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mhaffn import ops
+from mhaffn.arguments import DTYPES, HEAD_DIM_MAX
 from mhaffn.errors import UnsupportedModelError
 from mhaffn.swap import Found, PassMemo, Swapped, own_forward, plain_weight, swap
 
@@ -128,14 +129,14 @@ def _why_not(module: Any, upstream: type[nn.Module], masked: bool) -> str | None
         weight = part._parameters.get("weight")
         if type(part) not in PARALLEL or type(weight) is not nn.Parameter or part.bias is not None:
             return f"{name} is a {type(part).__name__}, expected a parallel linear layer without bias or quantisation"
-        if weight.dtype not in ops.DTYPES or not weight.is_contiguous():
+        if weight.dtype not in DTYPES or not weight.is_contiguous():
             kind = f"{weight.dtype} with strides {weight.stride()}"
             return f"{name}.weight is {kind}, expected contiguous bfloat16, float16 or float32"
     if upstream is llama3.Attention:
         if not masked:
             return "the forward around it is not that of Meta's Transformer, so its masks may be others"
-        if module.head_dim > ops.HEAD_DIM_MAX or module.head_dim % 2:
-            return f"head dim of {module.head_dim}, expected an even number up to {ops.HEAD_DIM_MAX}"
+        if module.head_dim > HEAD_DIM_MAX or module.head_dim % 2:
+            return f"head dim of {module.head_dim}, expected an even number up to {HEAD_DIM_MAX}"
     return None
 
 

@@ -24,7 +24,7 @@ LAYERS = [
     ("config",),
     ("formats",),
     ("quantized",),
-    ("quantize",),
+    ("quantize", "arguments"),
     ("budget", "_native", "sizes"),
     ("ring", "placement"),
     ("simulate",),
