@@ -76,11 +76,15 @@ def by_group(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bo
     PyTorch's fused float32 kernels on CUDA take no groups; what it falls back on writes the scores of all heads out.
     """
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    grouped = q.unflatten(2, (k.shape[2], -1)).unbind(3)
+    masks = [allowed] * len(grouped)
+    if allowed is not None and allowed.shape[1] > 1:  # one a head
+        masks = list(allowed.unflatten(1, (k.shape[2], -1)).unbind(2))
     heads = [
         F.scaled_dot_product_attention(
-            one.transpose(1, 2), keys, values, attn_mask=allowed, is_causal=causal, scale=scale
+            one.transpose(1, 2), keys, values, attn_mask=seen, is_causal=causal, scale=scale
         ).transpose(1, 2)
-        for one in q.unflatten(2, (k.shape[2], -1)).unbind(3)
+        for one, seen in zip(grouped, masks, strict=True)
     ]
     return torch.stack(heads, 3).flatten(2, 3).transpose(1, 2)
 

@@ -226,11 +226,13 @@ def test_ffn_takes_views_into_a_flat_buffer():
     torch.testing.assert_close(ops.ffn(x, w1, w3, w2), reference.ffn(x, w1, w3, w2))
 
 
-def test_heads_of_a_group_one_at_a_time_give_what_all_give_at_once():
+@pytest.mark.parametrize("heads", [1, 6])
+def test_heads_of_a_group_one_at_a_time_give_what_all_give_at_once(heads):
     from mhaffn.kernels import library
 
     q, k, v = torch.randn(2, 5, 6, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
-    allowed = torch.rand(2, 1, 5, 9) > 0.3
+    allowed = torch.rand(2, heads, 5, 9) > 0.3
+    allowed[..., 0] = True
     parts = [t.transpose(1, 2) for t in (q, k, v)]
     whole = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=allowed, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(library.by_group(q, k, v, allowed, False, 0.3), whole)
