@@ -15,7 +15,7 @@ from mhaffn.forecast import PHASES, Forecast, Machine, Stored, changes
 from mhaffn.formats import Formats
 from mhaffn.measured import Layer, Measured, steps
 from mhaffn.plan import TIERS
-from mhaffn.profile import Profile
+from mhaffn.profile import Profile, Widths
 from mhaffn.shapes import SHAPES, folder_of
 from mhaffn.simulate import Links
 from mhaffn.sizes import Sizes, Workload
@@ -116,15 +116,13 @@ def _or(given: Hardware, otherwise: Hardware) -> Hardware:
 
 
 def machine_by_hand(config: ModelConfig, hardware: Hardware, work: Workload) -> Machine:
-    """Compute by the roofline: decode reads each weight once, prefill multiplies each once a token."""
+    """Compute by the roofline: what is read over the memory's speed, or what is multiplied over the processor's."""
     assert hardware.ssd and hardware.hbm and hardware.flops  # complete, unlike what was given
-    sizes = Sizes(config, "bfloat16")
-    nbytes: dict[Kind, float] = {kind: sizes.weights(Sublayer(0, kind)) for kind in KINDS}
+    widths = Widths.of(config)
+    read_s = {kind: widths.read_bytes(kind, work.tokens) / hardware.hbm for kind in KINDS}
     compute: dict[Phase, Mapping[Kind, float]] = {
-        "prefill": {
-            kind: max(nbytes[kind] * work.tokens / hardware.flops, nbytes[kind] / hardware.hbm) for kind in KINDS
-        },
-        "decode": {kind: nbytes[kind] / hardware.hbm for kind in KINDS},
+        "prefill": {kind: max(widths.operations(kind, work.tokens) / hardware.flops, read_s[kind]) for kind in KINDS},
+        "decode": read_s,
     }
     return Machine(Links(hardware.ssd, hardware.h2d), compute, hardware.gpu or None, hardware.dram or None, work)
 

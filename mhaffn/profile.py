@@ -45,6 +45,11 @@ class Widths:
             return 3 * self.hidden_size * self.intermediate_size
         return 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
 
+    def read_bytes(self, kind: Kind, positions: int) -> float:
+        """Bytes in bfloat16 of the matrices, and of the keys and values of ``positions``, which an MHA looks at."""
+        cache = 2 * positions * self.num_kv_heads * self.head_dim if kind == "mha" else 0
+        return 2.0 * (self.weights(kind) + cache)
+
     def operations(self, kind: Kind, tokens: int) -> float:
         """Floating-point operations on ``tokens`` positions: the matrices, and the attention of a causal prompt."""
         attention = 2 * tokens**2 * self.num_heads * self.head_dim if kind == "mha" else 0
@@ -102,7 +107,7 @@ class Profile:
             raise ConfigError(f"{path} does not exist. {AGAIN}") from None
         try:
             return _from_dict(values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path} is no profile of a machine: got {error!r}. {AGAIN}") from error
 
     def write(self, path: str | Path) -> None:
@@ -113,19 +118,20 @@ class Profile:
         partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
 
-    def compute_s(self, config: ModelConfig, kind: Kind, tokens: int) -> float:
-        """Seconds of a sublayer of ``config`` on ``tokens`` positions.
+    def compute_s(self, config: ModelConfig, kind: Kind, tokens: int, seen: int | None = None) -> float:
+        """Seconds of a sublayer of ``config`` on ``tokens`` positions; one alone looks at ``seen`` (None: as measured).
 
-        As measured where widths and tokens are those measured. Others by the roofline that the measurements
-        span: bytes as fast as on the fewest tokens, operations as fast as on the most.
+        As measured where all that is as it was measured. Others by the roofline that the measurements span:
+        bytes as fast as on the fewest tokens, operations as fast as on the most.
         """
         widths = Widths.of(config)
         points = sorted((point for point in self.compute if point.kind == kind), key=lambda point: point.tokens)
-        for point in points:
-            if (point.widths, point.tokens) == (widths, tokens):
-                return point.seconds
         few, many = points[0], points[-1]
-        memory_s = few.seconds * widths.weights(kind) / few.widths.weights(kind)
+        seen = many.tokens if seen is None else seen
+        for point in points:
+            if (point.widths, point.tokens) == (widths, tokens) and (tokens > 1 or seen == many.tokens):
+                return point.seconds
+        memory_s = few.seconds * widths.read_bytes(kind, seen) / few.widths.read_bytes(kind, many.tokens)
         return max(memory_s, many.seconds * widths.operations(kind, tokens) / many.widths.operations(kind, many.tokens))
 
     def machine(self, config: ModelConfig, gpu: int | None, dram: int | None, work: Workload) -> Machine:
@@ -136,7 +142,8 @@ class Profile:
             dram = self.dram_bytes
         tokens: dict[Phase, int] = {"prefill": work.tokens, "decode": 1}
         compute_s: dict[Phase, Mapping[Kind, float]] = {
-            phase: {kind: self.compute_s(config, kind, tokens[phase]) for kind in KINDS} for phase in PHASES
+            phase: {kind: self.compute_s(config, kind, tokens[phase], work.tokens) for kind in KINDS}
+            for phase in PHASES
         }
         return Machine(Links(self.ssd, self.h2d), compute_s, gpu or None, dram or None, work)
 
@@ -153,8 +160,8 @@ def _from_dict(values: Mapping[str, Any]) -> Profile:
     compute = tuple(
         Compute(
             kind=_one_of(item["kind"]),
-            widths=Widths(**{name: int(_positive(width)) for name, width in item["widths"].items()}),
-            tokens=int(_positive(item["tokens"])),
+            widths=Widths(**{name: _count(width) for name, width in item["widths"].items()}),
+            tokens=_count(item["tokens"]),
             seconds=_positive(item["seconds"]),
         )
         for item in values["compute"]
@@ -177,6 +184,12 @@ def _one_of(kind: object) -> Kind:
         if kind == known:
             return known
     raise ValueError(f"kind {kind!r}, expected mha or ffn")
+
+
+def _count(value: object) -> int:
+    if _positive(value) < 1:
+        raise ValueError(f"{value!r}, expected a whole number from 1 up")
+    return int(_positive(value))
 
 
 def _positive(value: object) -> float:

@@ -16,6 +16,7 @@ from mhaffn.errors import ConfigError
 from mhaffn.forecast import changes, forecast
 from mhaffn.planning import Hardware, machine_for
 from mhaffn.profile import Compute, Profile, Widths
+from mhaffn.shapes import SHAPES
 from mhaffn.sizes import Workload
 
 CONFIG = ModelConfig("LlamaForCausalLM", 8, 4096, 14336, 32, 8, 128, 32000, 1e-5, 8192, False)
@@ -49,6 +50,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({"compute": []}, "both kinds"),
         ({"compute": [{"kind": "moe"}]}, "kind 'moe', expected mha or ffn"),
         ({"compute": 3}, "no profile of a machine"),
+        ({"compute": [{"kind": "mha", "widths": [], "tokens": 1, "seconds": 1}]}, "no profile of a machine"),
+        ({"compute": [{"kind": "mha", "widths": {}, "tokens": 0.5, "seconds": 1}]}, "no profile of a machine"),
         ({"measured_on": 3}, "no profile of a machine"),
     ],
 )
@@ -80,7 +83,11 @@ def test_measured_widths_take_what_was_measured() -> None:
 def test_other_widths_and_tokens_follow_bytes_and_operations(factor: int, tokens: int) -> None:
     wider = replace(CONFIG, hidden_size=CONFIG.hidden_size * factor, num_heads=32 * factor, num_kv_heads=8 * factor)
     assert PROFILE.compute_s(wider, "ffn", 1) == pytest.approx(3e-4 * factor)
-    assert PROFILE.compute_s(wider, "mha", 1) == pytest.approx(1e-4 * factor**2, rel=1e-6)
+    weights, cache = 2 * 2 * 4096 * 128 * (32 + 8), 2 * 2 * 8 * 128 * 2048
+    read = (weights * factor**2 + cache * factor) / (weights + cache)
+    assert PROFILE.compute_s(wider, "mha", 1) == pytest.approx(1e-4 * read)
+    read = (weights + cache / 2048 * tokens) / (weights + cache)
+    assert PROFILE.compute_s(CONFIG, "mha", 1, seen=tokens) == pytest.approx(1e-4 * read)
     times = [PROFILE.compute_s(wider, "mha", n) for n in (tokens, tokens + 1)]
     assert times[0] <= times[1] or tokens == 2048, "as measured there"
     if tokens > 2048:
@@ -111,6 +118,16 @@ def test_figures_given_count_before_measured_ones_and_those_before_typical_ones(
     machine, source = machine_for(CONFIG, Hardware(flops=5e13), None, WORK)
     assert (machine.links.ssd, machine.gpu) == (5e9, 16 << 30)
     assert source == "a typical machine; given: --tflops"
+
+
+def test_a_long_prompt_attends_to_itself_and_a_token_reads_its_keys_and_values() -> None:
+    long = Workload(tokens=131072, context=131072)
+    machine, _ = machine_for(SHAPES["llama3-70b"], Hardware(flops=1e14, hbm=1e12), None, long)
+    products, attention = 2 * 2 * 8192 * 128 * (64 + 8) * 131072, 2 * 131072**2 * 64 * 128
+    assert machine.compute_s["prefill"]["mha"] == pytest.approx((products + attention) / 1e14)
+    assert machine.compute_s["prefill"]["ffn"] == pytest.approx(2 * 3 * 8192 * 28672 * 131072 / 1e14)
+    read = 2 * 2 * 8192 * 128 * (64 + 8) + 2 * 2 * 8 * 128 * 131072
+    assert machine.compute_s["decode"]["mha"] == pytest.approx(read / 1e12)
 
 
 def test_a_profile_without_gpu_tells_of_its_disk_where_a_gpu_is_planned_for() -> None:
