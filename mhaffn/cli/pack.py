@@ -46,7 +46,11 @@ class PackCommand(typer.core.TyperCommand):
 
 def pack(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A Hugging Face folder with safetensors files, or a .gguf file.")
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="A folder with safetensors files, a hub id (org/name) in the local cache, or a .gguf file.",
+        ),
     ],
     target: Annotated[
         Path, typer.Argument(metavar="DST", help="The folder to write; new, or an unfinished pack of the same model.")
@@ -104,6 +108,7 @@ def pack(
     from mhaffn.formats import Formats
     from mhaffn.store import PackProgress
     from mhaffn.store import pack as write_store
+    from mhaffn.store.resolve import resolve
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
     with progress_bar(*columns) as bar:
@@ -116,10 +121,11 @@ def pack(
             bar.update(task, description=progress.file, completed=progress.done_bytes, total=progress.total_bytes)
 
         formats = Formats.parse(mha, ffn, layers or ())
+        origin = source if source.suffix.lower() == ".gguf" or source.is_dir() else resolve(source)
         importance = None if calibrate is None else _importance(calibrate, show_calibrating)
         try:
             store = write_store(
-                source, target, dtype=dtype, formats=formats, importance=importance, mha_dir=mha_dir, ffn_dir=ffn_dir,
+                origin, target, dtype=dtype, formats=formats, importance=importance, mha_dir=mha_dir, ffn_dir=ffn_dir,
                 stripe=stripe or (), progress=show,
                 remark=lambda text: bar.console.print(escape(text), soft_wrap=True),
             )  # fmt: skip

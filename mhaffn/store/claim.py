@@ -13,7 +13,7 @@ import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,18 +50,49 @@ def refuse_occupied(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def claim(
-    source: Source, dtype: str, made: Mapping[str, object], placement: Placement, files: list[PackedFile]
-) -> Iterator[None]:
-    """Holds all folders for this source, dtype and placement: new, or left by an earlier try that did not finish.
+def held(placement: Placement, files: list[PackedFile]) -> Iterator[dict[Path, BinaryIO]]:
+    """Holds all folders, made where they are missing: no other pack can take them. Their state files, by folder.
 
-    ``made`` says how weights in few bits are made: what must be the same for an earlier try to go on.
-
-    Raises :class:`StoreError` where one of them is another pack's, holds files in the way, or has no room.
+    Those that are not claimed then are given back. Raises :class:`StoreError` where another pack has one of them, or it
+    has no room.
     """
+    new = {folder for folder in placement.folders if not folder.exists()}
     for folder in placement.folders:
         folder.mkdir(parents=True, exist_ok=True)
     _check_space(files)
+    with ExitStack() as locks, ExitStack() as undo:
+        states = {}
+        for folder in placement.folders:
+            states[folder] = locks.enter_context(_locked(folder))
+            undo.callback(_give_back, folder, states[folder], folder in new)
+        yield states
+        undo.pop_all()
+
+
+def _give_back(folder: Path, state: BinaryIO, new: bool) -> None:
+    """Leaves ``folder`` as it was, unless something was claimed, or packed, there."""
+    found = os.fstat(state.fileno())
+    if found.st_size == 0 and found.st_nlink:  # else another pack may have made one of the same name by now
+        (folder / manifest.UNFINISHED_NAME).unlink()
+    if new:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def claim(
+    states: Mapping[Path, BinaryIO],
+    source: Source,
+    dtype: str,
+    made: Mapping[str, object],
+    placement: Placement,
+    files: list[PackedFile],
+) -> None:
+    """Takes the folders of ``states`` for this source, dtype and placement: new, or left by an unfinished earlier try.
+
+    ``made`` says how weights in few bits are made: what must be the same for an earlier try to go on.
+
+    Raises :class:`StoreError` where one of them is another pack's, or holds files in the way.
+    """
     claimed: dict[str, Any] = {
         "version": manifest.VERSION, "dtype": dtype, "source": os.path.abspath(source.path),  # noqa: PTH100 – kept links
         "files": source.fingerprint(), **made,
@@ -69,28 +100,25 @@ def claim(
     if placement.places:
         claimed |= {"store": os.fspath(placement.target), "places": placement.to_json()}
     content = json.dumps(claimed, indent=1).encode()
-    with ExitStack() as held:
-        states = {folder: held.enter_context(_locked(folder)) for folder in placement.folders}
-        found = {folder: state.read() for folder, state in states.items()}
-        # Empty, or torn by a kill: then no file was written yet.
-        new = [folder for folder in states if len(found[folder]) < len(content) and content.startswith(found[folder])]
-        try:
-            for folder in states:
-                if folder not in new:
-                    _check_same(folder, found[folder], claimed, placement)
-                elif folder != placement.target:
-                    _refuse_strangers(folder, placement.target, files)
-        except BaseException:
-            for folder in new:
-                (folder / manifest.UNFINISHED_NAME).unlink()
-            raise
+    found = {folder: state.read() for folder, state in states.items()}
+    # Empty, or torn by a kill: then no file was written yet.
+    new = [folder for folder in states if len(found[folder]) < len(content) and content.startswith(found[folder])]
+    try:
+        for folder in states:
+            if folder not in new:
+                _check_same(folder, found[folder], claimed, placement)
+            elif folder != placement.target:
+                _refuse_strangers(folder, placement.target, files)
+    except BaseException:
         for folder in new:
-            states[folder].seek(0)
-            states[folder].write(content)
-            states[folder].flush()
-            os.fsync(states[folder].fileno())
-            sync_folder(folder)
-        yield
+            (folder / manifest.UNFINISHED_NAME).unlink()
+        raise
+    for folder in new:
+        states[folder].seek(0)
+        states[folder].write(content)
+        states[folder].flush()
+        os.fsync(states[folder].fileno())
+        sync_folder(folder)
 
 
 def release(placement: Placement) -> None:

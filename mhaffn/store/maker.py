@@ -39,13 +39,8 @@ class Maker:
     def told(self, importance: Callable[[Source], Mapping[str, torch.Tensor]]) -> Maker:
         """The same with what columns matter.
 
-        Raises :class:`ConfigError` where nothing is quantised, or the names are not those of the source's matrices.
+        Raises :class:`ConfigError` where the names are not those of the source's matrices.
         """
-        if not self._quantises:
-            raise ConfigError(
-                "got what columns matter, but no weights to quantise: give formats too, as --ffn int4 does, and leave "
-                "--calibrate out otherwise"
-            )
         found = importance(self.source)
         known = {name for _, _, weights in self.contents() for name in weights}
         if strangers := found.keys() - known:
@@ -53,7 +48,8 @@ class Maker:
         return replace(self, importance=found)
 
     @property
-    def _quantises(self) -> bool:
+    def quantises(self) -> bool:
+        """Whether a format other than plain is asked for anywhere."""
         return any(format != PLAIN for format in self._asked.values())
 
     @cached_property
@@ -71,7 +67,7 @@ class Maker:
     def made(self) -> dict[str, object]:
         """What a pack in few bits depends on beside source and dtype, ready for JSON."""
         found: dict[str, object] = {"formats": self.formats.options()} if self.formats else {}
-        if self._quantises:
+        if self.quantises:
             import torch
 
             from mhaffn.quantize import SEARCH

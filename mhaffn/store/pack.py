@@ -30,7 +30,7 @@ from mhaffn.errors import ConfigError, CorruptFileError, MhaffnError, StoreError
 from mhaffn.files import shown
 from mhaffn.formats import Formats
 from mhaffn.store import manifest
-from mhaffn.store.claim import claim, links_to, refuse_occupied, release, sync_folder
+from mhaffn.store.claim import claim, held, links_to, refuse_occupied, release, sync_folder
 from mhaffn.store.format import FEW_BITS_INDEX_NAME, INDEX_NAME, Store
 from mhaffn.store.maker import Maker
 from mhaffn.store.places import ALIGN, PackedFile, Placement
@@ -92,12 +92,17 @@ def pack(
         if dtype not in DTYPES:
             raise ConfigError(f"got dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
         maker = Maker(origin, dtype, formats or Formats(), device)
-        if importance is not None:
-            maker = maker.told(importance)
+        if importance is not None and not maker.quantises:
+            raise ConfigError(
+                "got what columns matter (--calibrate), but no format to quantise to: give one too, as --ffn int4 does"
+            )
         files = placement.files(maker.contents())
         for sentence in maker.remarks():
             remark(sentence)
-        with claim(origin, dtype, maker.made(), placement, files):
+        with held(placement, files) as states:
+            if importance is not None:
+                maker = maker.told(importance)
+            claim(states, origin, dtype, maker.made(), placement, files)
             _write(maker, placement.target, files, progress)
             release(placement)
     except OSError as error:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,9 +284,26 @@ def test_importance_of_what_is_not_there_or_not_quantised(source: Path, tmp_path
     with pytest.raises(ConfigError, match="'other'"):
         pack(source, tmp_path / "store", formats=formats, importance=lambda _: {"other": torch.ones(64)})
     for formats in (Formats(), Formats.parse(ffn="plain")):
-        with pytest.raises(ConfigError, match="no weights to quantise"):
+        with pytest.raises(ConfigError, match="no format to quantise to"):
             pack(source, tmp_path / "store", formats=formats, importance=lambda _: pytest.fail("too early"))
     assert not (tmp_path / "store").exists()
+
+
+def test_what_columns_matter_is_found_out_once_the_folders_are_held_and_have_room(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats, target = Formats.parse(ffn="int4:64"), tmp_path / "store"
+
+    def meanwhile(_: object) -> dict[str, torch.Tensor]:
+        with pytest.raises(StoreError, match="being written by another pack"):
+            pack(source, target, formats=formats, importance=lambda _: pytest.fail("too early"))
+        return {}
+
+    store = pack(source, target, formats=formats, importance=meanwhile)
+    assert not (target / "mhaffn-pack.json").exists() and store.sublayers
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(StoreError, match="free"):
+        pack(source, tmp_path / "other", formats=formats, importance=lambda _: pytest.fail("too early"))
 
 
 def test_formats_that_do_not_fit_and_values_that_cannot_be_kept(source: Path, tmp_path: Path) -> None:
