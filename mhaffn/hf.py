@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Never, Self
 
@@ -248,9 +249,12 @@ def load(
         store, gpu=gpu, dram=dram, context=context, tokens=tokens, batch=batch, all_logits=all_logits, device=device,
         engine=engine, direct=direct, strict=strict, verify=verify, tiers=tiers, progress=progress,
     )  # fmt: skip
-    loaded = StreamedLlama(config, runner)
-    if generation_config is not None:
-        loaded.generation_config = generation_config
+    with ExitStack() as undo:  # a runner's threads keep it alive until it is closed
+        undo.callback(runner.close)
+        loaded = StreamedLlama(config, runner)
+        if generation_config is not None:
+            loaded.generation_config = generation_config
+        undo.pop_all()
     return loaded
 
 

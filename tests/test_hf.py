@@ -470,6 +470,19 @@ def test_what_it_cannot_do_it_refuses(tiny_model: Model) -> None:
             model.save_pretrained("/tmp")
 
 
+def test_an_interrupt_at_the_end_of_loading_leaves_no_stream(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mhaffn.hf, "StreamedLlama", interrupted)
+    before = {thread for thread in threading.enumerate() if thread.name.startswith("mhaffn")}
+    with pytest.raises(KeyboardInterrupt):
+        mhaffn.load(tiny_model(), device="cpu", dram=None)
+    assert {thread for thread in threading.enumerate() if thread.name.startswith("mhaffn")} <= before
+
+
 def test_closed_model_says_so(tiny_model: Model) -> None:
     model = streamed(tiny_model(), "cpu")
     model.close()
