@@ -74,6 +74,11 @@ class ReservedLayer(DynamicLayer):
         self.keys, self.values = keys.narrow(2, 0, seen + new), values.narrow(2, 0, seen + new)
         return self.keys, self.values
 
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """As a plain layer's; of one that holds nothing, nothing, as of a cache that has no layers yet."""
+        if self.is_initialized:
+            super().crop(*args, **kwargs)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Each sequence becomes what ``beam_idx`` names."""
         super().reorder_cache(beam_idx)

@@ -104,6 +104,13 @@ def test_a_pass_takes_the_memory_of_all_and_later_ones_take_none(tiny_model: Mod
         assert held_bytes(cache) == counted(model)
 
 
+def test_nothing_is_cut_from_a_cache_that_holds_nothing() -> None:
+    cache = DynamicCache()
+    reserve(cache, rooms_of(Workload(), 2))
+    cache.crop(1)
+    assert cache.get_seq_length() == 0
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 20])
 def test_many_sequences_share_the_room_of_the_plan(rows: int) -> None:
     assert Room(Workload(context=40, batch=2)).positions(rows) == min(40, 80 // rows)
