@@ -7,7 +7,6 @@ bound of a stream that prefetches across sublayers and layers, which is the grea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,15 @@ from typing import Any
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer
 from mhaffn.errors import ConfigError
+from mhaffn.files import read_json_object
 from mhaffn.forecast import PHASES, Forecast, Machine, forecast
 from mhaffn.formats import Formats
 from mhaffn.simulate import Links
 from mhaffn.sizes import Sizes, Workload
 from mhaffn.trace import Phase
+
+MS_MIN, MS_MAX, GIB_MAX = 1e-9, 1e9, 1e9
+"""Of what was measured anywhere; beyond them ratios and bytes are no longer numbers."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Measured:
     def read(path: str | Path) -> Measured:
         """Reads a file of measured figures; raises :class:`ConfigError` that says what is missing or wrong."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as a JSON file of measured figures: {error}") from error
+            values = read_json_object(Path(path), ConfigError, "Give a JSON file of measured figures.")
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist. Give a JSON file of measured figures.") from None
         try:
             return _from_dict(values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -56,8 +59,8 @@ class Measured:
 def _from_dict(values: Mapping[str, Any]) -> Measured:
     def by_kind(times: Mapping[str, Any]) -> dict[Kind, float]:
         found = {kind: float(times[kind]) for kind in KINDS}
-        if not all(0 < ms < float("inf") for ms in found.values()):
-            raise ValueError(f"milliseconds must be positive: {found}")
+        if not all(MS_MIN <= ms <= MS_MAX for ms in found.values()):
+            raise ValueError(f"milliseconds must be between {MS_MIN:g} and {MS_MAX:g}: {found}")
         return found
 
     def count(name: str, value: Any) -> int:
@@ -67,13 +70,13 @@ def _from_dict(values: Mapping[str, Any]) -> Measured:
 
     def memory(name: str) -> int:
         gib = float(values[name])
-        if not 0 <= gib < float("inf"):
-            raise ValueError(f"{name} = {gib}, expected 0 or more")
+        if not 0 <= gib <= GIB_MAX:
+            raise ValueError(f"{name} = {gib}, expected 0 to {GIB_MAX:g}")
         return int(gib * 2**30)
 
     published = values.get("published_intermediate_size")
     return Measured(
-        name=str(values["name"]),
+        name=str(values["name"]).encode(errors="replace").decode(),
         config=ModelConfig.from_dict(
             {
                 "architectures": ["LlamaForCausalLM"],

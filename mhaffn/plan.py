@@ -279,7 +279,7 @@ class _Search:
         self.speeds = speeds or TYPICAL
         self.weights = {sublayer: sizes.weights(sublayer) for sublayer in memory.images}
         self.least = [min(n for s, n in self.weights.items() if s.kind == kind) for kind in KINDS]
-        self.tries = SIMULATED_SUBLAYERS // len(memory.images)
+        self.tries = max(1, SIMULATED_SUBLAYERS // len(memory.images))
 
     def fixed(self, tiers: Mapping[Sublayer, Tier]) -> Plan | None:
         """The plan of a placement by hand; None where none fits."""

@@ -85,11 +85,13 @@ def test_outlook_reaches_the_bound_and_shows_both_widths(seed: Measured) -> None
         ({"ssd_ms": {"mha": 1.0}}, "ffn"),
         ({"ssd_ms": None}, "expected layers"),
         ({"layers": "many"}, "many"),
-        ({"h2d_ms": {"mha": 0, "ffn": 1}}, "must be positive"),
+        ({"h2d_ms": {"mha": 0, "ffn": 1}}, "must be between"),
         ({"compute_ms": {"prefill": {"mha": 1, "ffn": 1}}}, "decode"),
         ({"prompt_tokens": 0}, "prompt_tokens = 0"),
         ({"dram_gib": -1}, "dram_gib = -1.0"),
         ({"gpu_gib": float("inf")}, "gpu_gib = inf"),
+        ({"gpu_gib": 1e300}, r"gpu_gib = 1e\+300"),
+        ({"compute_ms": {phase: {"mha": 1e-320, "ffn": 1} for phase in ("prefill", "decode")}}, "must be between"),
         ({"published_intermediate_size": -5}, "published_intermediate_size = -5"),
         ({"published_intermediate_size": "28672"}, "published_intermediate_size = '28672'"),
     ],
@@ -99,8 +101,18 @@ def test_figures_that_cannot_be_used_are_named(change: dict[str, object], messag
     path.write_text(json.dumps(json.loads(SEED.read_text()) | change))
     with pytest.raises(ConfigError, match=message):
         Measured.read(path)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="does not exist"):
         Measured.read(tmp_path / "missing.json")
+
+
+def test_a_file_that_holds_no_figures_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    for content in ("[" * 200000, "[1]", "no JSON"):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=r"measured\.json"):
+            Measured.read(path)
+    path.write_text(json.dumps(json.loads(SEED.read_text()) | {"name": "a \ud800 b"}))
+    assert Measured.read(path).name == "a ? b"
 
 
 def test_a_machine_may_lend_no_memory(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mhaffn.config import KINDS, ModelConfig, Sublayer, order
 from mhaffn.errors import BudgetError, ConfigError
 from mhaffn.formats import Formats
-from mhaffn.plan import LIBRARY_BYTES, SHORT_PREFETCH_GAIN, STAGING_BYTES, TIERS, Plan, Speeds, Tier, make_plan
+from mhaffn.plan import LIBRARY_BYTES, SHORT_PREFETCH_GAIN, STAGING_BYTES, TIERS, TYPICAL, Plan, Speeds, Tier, make_plan
 from mhaffn.simulate import Links, Work, predict
 from mhaffn.sizes import CHUNK_TOKENS, PAGE, Sizes, Workload
 
@@ -212,6 +212,11 @@ def test_long_prompts_go_through_in_steps() -> None:
     sizes = Sizes(model(), "bfloat16")
     short, long = (sizes.activations(Workload(tokens=n, context=n)) for n in (CHUNK_TOKENS, 8 * CHUNK_TOKENS))
     assert long - short == 7 * CHUNK_TOKENS * 4 * model().hidden_size * 2
+
+
+def test_a_model_of_more_layers_than_are_simulated_has_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mhaffn.plan.SIMULATED_SUBLAYERS", 1)
+    assert make_plan(model(), "bfloat16", gpu=1 << 40, dram=1 << 40, copies=True, speeds=TYPICAL).count("gpu")
 
 
 @pytest.mark.parametrize(("dtype", "per_position"), [("float32", 6), ("bfloat16", 0)])
