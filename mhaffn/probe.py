@@ -17,6 +17,7 @@ from mhaffn import roofs
 from mhaffn.budget import free_dram, free_gpu
 from mhaffn.config import KINDS, Kind, ModelConfig, format_bytes
 from mhaffn.errors import ReadError
+from mhaffn.files import stoppable
 from mhaffn.image import Weights
 from mhaffn.inputs import FilledCache, context_of, hidden_states
 from mhaffn.machine import describe
@@ -116,7 +117,7 @@ def _files(folder: Path, say: Say) -> Iterator[list[Path]]:
             f"{folder} cannot be written ({error.strerror}); give a folder that can, or one that holds a model",
             op="open", path=str(folder), errno=error.errno or 0,
         ) from error  # fmt: skip
-    with file:
+    with stoppable(), file:
         say(f"writing {format_bytes(size)} to {file.name}, to be read and removed again")
         block = os.urandom(PIECE_BYTES)
         for _ in range(size // PIECE_BYTES):

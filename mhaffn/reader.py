@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args
 from mhaffn import _native
 from mhaffn._native import Request, Slot
 from mhaffn.errors import ConfigError, EngineUnavailableError, ReadError
+from mhaffn.files import stoppable
 
 __all__ = [
     "ArenaInfo",
@@ -300,7 +301,7 @@ def _file_to_measure(path: Path) -> Iterator[Path]:
     size = min(DISK_FILE_BYTES, free // 2) // DISK_ARENA_BYTES * DISK_ARENA_BYTES
     if size == 0:
         raise ReadError(f"{path}: too little free space to measure, need {2 * DISK_ARENA_BYTES} bytes", path=str(path))
-    with tempfile.NamedTemporaryFile(dir=path, prefix=".mhaffn-disk-") as file:
+    with stoppable(), tempfile.NamedTemporaryFile(dir=path, prefix=".mhaffn-disk-") as file:
         block = os.urandom(16 << 20)
         for _ in range(size // len(block)):
             file.write(block)

@@ -99,6 +99,11 @@ def generate(
     config = Store.open(folder).config
     tokenizer = open_tokenizer(folder)
     ids = encode(tokenizer, prompt, raw=raw, system=system, console=console)
+    if int(ids.max()) >= config.vocab_size:
+        raise ConfigError(
+            f"got token {int(ids.max())} from the tokenizer in {folder}, expected one of the model's "
+            f"{config.vocab_size}: fetch the tokenizer that belongs to it"
+        )
     guesses = sampling.lookup or 0  # come on top, in the pass of the prompt and in the last one too
     known = config.max_position_embeddings
     limit = min(options.context or known, known - guesses)
@@ -113,7 +118,11 @@ def generate(
         console.print(loaded.runner.plan.describe(), highlight=False)
         written = stream_text(loaded, tokenizer, ids, new_tokens, sampling=sampling)
         new, runner = written.tokens, loaded.runner
-        predicted = predictions(runner, Workload(tokens=ids.shape[1], context=context))
+        try:
+            predicted = predictions(runner, Workload(tokens=ids.shape[1], context=context))
+        except ConfigError as error:  # the run is worth more than what a broken profile would have said of it
+            console.print(f"nothing predicted: {error}", style="yellow", markup=False, soft_wrap=True)
+            predicted = {}
         kept: dict[Phase, int] = {"prefill": ids.shape[1], "decode": len(new) - written.first}
         reports = [
             replace(report, tokens=kept[phase])
@@ -196,8 +205,10 @@ def encode(
 ) -> torch.Tensor:
     """Token ids ``[1, T]``; through the chat template, after the ``system`` prompt, unless ``raw`` or there is none.
 
-    Raises :class:`ConfigError` for an empty prompt, and where a system prompt has no place.
+    Raises :class:`ConfigError` for an empty prompt or one that is no text, and where a system prompt has no place.
     """
+    for text in (prompt, system or ""):
+        check_text(text)
     if system is not None and (raw or tokenizer.chat_template is None):
         why = "--raw continues the text as it is" if raw else "this model has no chat template"
         raise ConfigError(f"got a system prompt, but {why}: put it into the prompt itself")
@@ -218,6 +229,14 @@ def encode(
     if ids.shape[1] == 0:
         raise ConfigError("got an empty prompt, expected at least one token")
     return ids
+
+
+def check_text(text: str) -> None:
+    """Raises :class:`ConfigError` where ``text`` came of bytes that are not UTF-8, which Python keeps as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("got a prompt of bytes that are not UTF-8, expected text in UTF-8") from None
 
 
 @contextmanager

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from mhaffn.config import format_bytes
 from mhaffn.errors import ConfigError, StoreError
+from mhaffn.files import stoppable, undisturbed
 
 PREFIX = ".mhaffn-bench-"
 HEADROOM_BYTES = 256 << 20
@@ -42,45 +39,13 @@ def check_room(folder: Path, nbytes: int) -> int:
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """A new folder in ``folder``, removed at the end: after errors, Ctrl-C, and signals that ask to stop."""
-    with _stoppable():
+    with stoppable():
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
         try:
             yield path
         finally:
-            with _undisturbed():
+            with undisturbed():
                 shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the program by way of its ``finally`` blocks."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    with _handlers({signal.SIGTERM: stop, signal.SIGHUP: stop}):
-        yield
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C does not leave gigabytes behind."""
-    with _handlers(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN)):
-        yield
-
-
-@contextmanager
-def _handlers(wanted: dict[signal.Signals, Any]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            with suppress(TypeError):  # a handler that was not set from Python
-                signal.signal(number, handler)
 
 
 def describe_disk(folder: Path) -> dict[str, str]:

@@ -77,7 +77,10 @@ def run(
         check_available()
     if prompt is None and sys.stdin.isatty():
         raise ConfigError("got no prompt; give one with -p, or pipe it in")
-    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    try:
+        text = sys.stdin.read() if prompt in (None, "-") else prompt
+    except UnicodeDecodeError:
+        raise ConfigError("got a prompt of bytes that are not UTF-8, expected text in UTF-8") from None
     if not text or text.isspace():
         raise ConfigError("got an empty prompt; give one with -p, or pipe it in")
     options = Options(
