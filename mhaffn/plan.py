@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, format_bytes, order
 from mhaffn.errors import BudgetError, ConfigError
@@ -204,6 +204,10 @@ class _Memory:
             copies=self.copies,
         )
 
+    def budget(self, tier: Tier) -> int | None:
+        """Bytes that sublayers may stay in; None where none may."""
+        return {"gpu": self.gpu, "dram": self.dram, "ssd": None}[tier]
+
     def loading(self) -> int:
         """Host memory to load the device's through: as much as the budget has, in whole huge pages."""
         if not self.copies:
@@ -214,18 +218,20 @@ class _Memory:
     def holds(self, plan: Plan) -> bool:
         return (self.gpu is None or plan.gpu_bytes <= self.gpu) and (self.dram is None or plan.dram_bytes <= self.dram)
 
+    def whole_kinds(self) -> Iterator[Mapping[Sublayer, Tier]]:
+        """Placements with all sublayers of a kind on one tier that there is."""
+        there = [tier for tier in TIERS if tier == "ssd" or self.budget(tier) is not None]
+        for mha, ffn in product(there, repeat=2):
+            yield {s: mha if s.kind == "mha" else ffn for s in self.images}
+
     def too_small(self, tiers: Mapping[Sublayer, Tier] | None) -> BudgetError:
         """The error for budgets that hold no plan; what they must hold is the least of a prefetch of 1."""
-        least = self.plan(tiers or dict.fromkeys(self.images, "ssd"), 1)
-        gpu, dram = least.gpu_bytes, least.dram_bytes
-        if tiers is None:  # or everything resident, which a small model's rings may exceed
-            everything = sum(self.images.values())
-            gpu = min(gpu, self.fixed + everything)
-            on_host = 0 if self.gpu is not None and self.gpu >= self.fixed + everything else _huge_pages(everything)
-            dram = min(dram, max(on_host + (0 if self.copies else self.fixed), self.loading()))
-        if self.gpu is not None and self.gpu < gpu:
-            return _too_small("--gpu", self.gpu, gpu)
-        return _too_small("--dram", self.dram or 0, dram)
+        placements = self.whole_kinds() if tiers is None else [tiers]
+        plans = [self.plan(placed, 1) for placed in placements]
+        fitting = [plan for plan in plans if self.gpu is None or plan.gpu_bytes <= self.gpu]
+        if not fitting:
+            return _too_small("--gpu", self.gpu or 0, min(plan.gpu_bytes for plan in plans))
+        return _too_small("--dram", self.dram or 0, min(plan.dram_bytes for plan in fitting))
 
     def mixes(self, depth: int) -> set[Mix]:
         """Counts by kind that fill the budgets beside rings for ``depth``; whether they really fit, plans say."""
@@ -296,13 +302,60 @@ class _Search:
                 break
             for plan in self.orders(mix, depth):
                 if not self.simulated:
-                    return plan
+                    return self.improved(plan)
                 plan_s = self.seconds(plan)
                 if plan_s < best_s * 0.9995:
                     best, best_s = plan, plan_s
                 if best_s <= bound_s * 1.0005:
                     break
-        return best
+        return self.improved(best)
+
+    def improved(self, plan: Plan | None) -> Plan | None:
+        """``plan`` with sublayers moved to faster tiers one by one, while the pass's bound falls.
+
+        Counts go by the mean of a kind: where sizes differ, or what streams is small, they leave room. Where there is
+        no plan, or there are few sublayers, it begins with each whole kind on one tier too.
+        """
+        starts = [] if plan is None else [plan]
+        if plan is None or len(plan.tiers) <= 2 * FEW_LAYERS:
+            plans = (self.memory.plan(tiers, depth) for tiers in self.memory.whole_kinds() for depth in self.depths)
+            starts += filter(self.memory.holds, plans)
+        ends = list(map(self.climbed, starts))
+        return min(ends, key=self.seconds if self.simulated else self.cost, default=None)
+
+    def climbed(self, plan: Plan) -> Plan:
+        while True:
+            moved = [
+                candidate
+                for tiers in self.moves(plan.tiers)
+                for depth in {plan.prefetch, 1} & set(self.depths)
+                if self.memory.holds(candidate := self.memory.plan(tiers, depth))
+            ]
+            best = min(moved, key=self.cost, default=plan)
+            if self.cost(best) >= self.cost(plan):
+                return plan
+            plan = best
+
+    def moves(self, tiers: Mapping[Sublayer, Tier]) -> Iterator[Mapping[Sublayer, Tier]]:
+        """Placements with one sublayer of each size on a faster tier: of those alike, the one in the middle."""
+        alike: dict[tuple[Tier, int], list[Sublayer]] = {}
+        for sublayer, tier in tiers.items():
+            alike.setdefault((tier, self.memory.images[sublayer]), []).append(sublayer)
+        for (tier, _), found in alike.items():
+            for faster in TIERS[: TIERS.index(tier)]:
+                if self.memory.budget(faster) is not None:
+                    yield {**tiers, found[len(found) // 2]: faster}
+
+    def cost(self, plan: Plan) -> tuple[float, float]:
+        """The bound of its passes, and the seconds in which it moves what they need."""
+        links, streamed = self.speeds.links, {tier: sum(self.weights[s] for s in plan.streamed(tier)) for tier in TIERS}
+        ssd_s = streamed["ssd"] / links.ssd
+        h2d_s = (streamed["ssd"] + streamed["dram"]) / (links.h2d or math.inf)
+        layers = len(plan.tiers) // 2
+        bound_s = sum(
+            often * max(ssd_s, h2d_s, layers * sum(compute_s.values())) for often, compute_s in self.speeds.passes
+        )
+        return bound_s * (SHORT_PREFETCH_GAIN if plan.prefetch == 1 else 1.0), ssd_s + h2d_s
 
     def orders(self, mix: Mix, depth: int) -> Iterator[Plan]:
         """Plans of these counts that memory holds: rings depend on the order too, where there are few sublayers."""

@@ -445,3 +445,31 @@ def test_a_few_plain_layers_leave_the_others_their_memory() -> None:
     largest = Sizes(config, "bfloat16").image(Sublayer(0, "ffn"))
     assert used["ends"] >= (1200 << 20) - 2 * largest
     assert used["alike"] >= (1200 << 20) - largest
+
+
+def test_what_fits_the_memory_there_is_does_not_stay_on_ssd() -> None:
+    """Where sizes differ, or a kind streams that is small beside the other, counts by the mean of a kind leave room."""
+    mixed = Formats.parse("int8", "int4", ["0:ffn=int8"])
+    large = model(32, hidden=8192, ffn=28672, heads=64, kv_heads=8)
+    narrow = model(3, hidden=512, ffn=8192, heads=8, kv_heads=1)
+    for config, formats, gpu, dram in (
+        (large, mixed, 17551072869, 1127823227), (narrow, None, 600158544, 64425238),
+    ):  # fmt: skip
+        budgets: dict[str, Any] = {"gpu": gpu, "dram": dram, "copies": True, "work": WORK, "formats": formats}
+        for speeds in (None, TYPICAL):
+            plan = make_plan(config, "bfloat16", speeds=speeds, **budgets)
+            assert not plan.count("ssd") and plan.gpu_bytes <= gpu and plan.dram_bytes <= dram
+
+
+def test_the_named_minimum_of_host_memory_is_what_the_gpu_leaves() -> None:
+    config = model(3, hidden=1024, ffn=8192, heads=8, kv_heads=1)
+    sizes = Sizes(config, "bfloat16")
+    mha, ffn = (sizes.image(Sublayer(0, kind)) for kind in KINDS)
+    budgets: dict[str, Any] = {"gpu": sizes.fixed(WORK) + LIBRARY_BYTES + 3 * ffn + 2 * mha, "copies": True}
+    with pytest.raises(BudgetError) as small:
+        make_plan(config, "bfloat16", dram=0, work=WORK, **budgets)
+    option, least = named_minimum(small.value)
+    assert option == "dram" and least < 2 * ffn, "its FFN fit the GPU"
+    assert make_plan(config, "bfloat16", dram=least, work=WORK, **budgets).count("gpu") >= 3
+    with pytest.raises(BudgetError):
+        make_plan(config, "bfloat16", dram=least - 1, work=WORK, **budgets)
