@@ -16,6 +16,8 @@ from . import reference
 
 DEQUANTIZED_BYTES = 128 << 20
 """Bound on the weight rows that are dequantised at a time: enough of them that a product fills a GPU."""
+DEQUANTIZING_BYTES = 16
+"""What PyTorch holds of each weight meanwhile, at most: its value, in float32 twice, and in the dtype wanted."""
 DEQUANTIZED_ROWS = 256
 """Their number is a multiple of this: at others the products are several times slower."""
 FFN_CHUNK_BYTES = 1 << 30  # bound on each [M, F] intermediate: a long prompt goes through in row chunks
@@ -129,11 +131,12 @@ def rows_of(weight: Quantized, first: int, last: int) -> Quantized:
 
 
 def linear_in_chunks(
-    x: Tensor, weight: Quantized, dequantized: Callable[[Quantized, torch.dtype], Tensor] = dequantize
+    x: Tensor, weight: Quantized, kernel: Callable[[Quantized, torch.dtype], Tensor] | None = None
 ) -> Tensor:
-    """x [M, D] -> [M, N]: dequantises a chunk of rows, multiplies, goes on with the next."""
+    """x [M, D] -> [M, N]: dequantises a chunk of rows, by ``kernel`` where there is one, multiplies, and so on."""
     rows, width = weight.shape
-    chunk = max(1, DEQUANTIZED_BYTES // (width * x.element_size()))
+    dequantized, held = (dequantize, DEQUANTIZING_BYTES) if kernel is None else (kernel, x.element_size())
+    chunk = max(1, DEQUANTIZED_BYTES // (width * held))
     chunk = chunk // DEQUANTIZED_ROWS * DEQUANTIZED_ROWS or chunk
     if rows <= chunk:
         return F.linear(x, dequantized(weight, x.dtype)).to(x.dtype)

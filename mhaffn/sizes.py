@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from mhaffn.config import Kind, ModelConfig, Sublayer, order
+from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, order
 from mhaffn.formats import ITEM_BYTES, PLAIN, Format, Formats
 
 PAGE = 4096
 DEVICE_ALIGN = 256
 SCRATCH_BYTES = 192 << 20
-"""What products with weights in few bits hold besides: dequantised rows, or arranged inputs and partial sums."""
+"""What products with weights in few bits hold besides, at most; of small models less."""
+DEQUANTIZING_BYTES, ARRANGED_ROWS, PARTIAL_SUMS_BYTES = 16, 2048, 20 << 20
 CHUNK_TOKENS = 4096
 """Positions a sublayer works on at once: a longer prompt goes through its weights in several steps."""
 CHOICE_BYTES = 56
@@ -68,7 +69,15 @@ class Sizes:
         narrow = any(len(self.tensors(s)) > len(c.sublayer_shapes(s.kind)) for s in order(c.num_layers))
         item = ITEM_BYTES[self.dtype]
         logits = c.vocab_size * (CHOICE_BYTES + (work.logits - 1) * (item + 4))  # only the last token's are chosen from
-        return work.batch * (elements * item + logits) + narrow * SCRATCH_BYTES
+        return work.batch * (elements * item + logits) + narrow * self.scratch(work)
+
+    def scratch(self, work: Workload) -> int:
+        """What products with weights in few bits hold besides: dequantised rows, arranged inputs and partial sums."""
+        c = self.config
+        largest = max(math.prod(shape) for kind in KINDS for shape in c.sublayer_shapes(kind).values())
+        rows = min(work.batch * work.tokens, ARRANGED_ROWS) + 256
+        arranged = 2 * rows * (max(c.hidden_size, c.intermediate_size) + 128)
+        return min(DEQUANTIZING_BYTES * largest + arranged + PARTIAL_SUMS_BYTES, SCRATCH_BYTES)
 
     def masks(self, work: Workload) -> int:
         """What PyTorch's attention holds besides: which keys each query of a step sees, in bool and as a bias."""

@@ -7,7 +7,7 @@ import torch
 
 from mhaffn.kernels import library, nvrtc_quantized
 from mhaffn.quantized import dequantize
-from mhaffn.sizes import SCRATCH_BYTES
+from mhaffn.sizes import ARRANGED_ROWS, DEQUANTIZING_BYTES, PARTIAL_SUMS_BYTES, SCRATCH_BYTES
 
 from .weights import random_weight
 
@@ -50,3 +50,5 @@ def test_a_plan_keeps_room_for_what_products_hold_besides():
     processors; CUDA allocators round up."""
     arranged, sums = nvrtc_quantized.SM90_ROWS_MAX * 28672 * 2, 132 * 256 * 128 * 4
     assert max(library.DEQUANTIZED_BYTES, arranged + sums) + (2 << 20) <= SCRATCH_BYTES
+    assert (nvrtc_quantized.SM90_ROWS_MAX, library.DEQUANTIZING_BYTES) == (ARRANGED_ROWS, DEQUANTIZING_BYTES)
+    assert sums + (2 << 20) <= PARTIAL_SUMS_BYTES
