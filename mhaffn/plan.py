@@ -320,8 +320,10 @@ class _Search:
         if plan is None or len(plan.tiers) <= 2 * FEW_LAYERS:
             plans = (self.memory.plan(tiers, depth) for tiers in self.memory.whole_kinds() for depth in self.depths)
             starts += filter(self.memory.holds, plans)
-        ends = list(map(self.climbed, starts))
-        return min(ends, key=self.seconds if self.simulated else self.cost, default=None)
+        ends = [self.climbed(start) for start in starts]
+        if not self.simulated:
+            return min(ends, key=self.cost, default=None)
+        return min([*starts, *ends], key=self.seconds, default=None)  # a lower bound may be harder to reach
 
     def climbed(self, plan: Plan) -> Plan:
         while True:
