@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, parse_bytes
-from mhaffn.errors import ConfigError
+from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, order, parse_bytes
+from mhaffn.errors import ConfigError, StoreError
+from mhaffn.files import read_json_object
 from mhaffn.forecast import PHASES, Forecast, Machine, Stored, changes
 from mhaffn.formats import Formats
 from mhaffn.measured import Layer, Measured, steps
@@ -66,7 +67,7 @@ PROMPT_TOKENS, CONTEXT = 2048, 4096
 
 
 def model_of(name: str) -> tuple[ModelConfig, Stored | None]:
-    """The widths of a shape by name or a model, and, of a packed store, the bytes that it holds.
+    """The widths of a shape by name or a model, and, of a packed store or a model in float32, the bytes that it holds.
 
     Raises as :func:`~mhaffn.shapes.shape_of` does, and what :meth:`Store.open` raises.
     """
@@ -74,7 +75,13 @@ def model_of(name: str) -> tuple[ModelConfig, Stored | None]:
         return SHAPES[name], None
     folder = folder_of(name)
     config = ModelConfig.from_folder(folder)
-    return config, Store.open(folder).stored() if (folder / manifest.NAME).exists() else None
+    if (folder / manifest.NAME).exists():
+        return config, Store.open(folder).stored()
+    values = read_json_object(folder / "config.json", StoreError, "Fetch the model again.")
+    if values.get("dtype", values.get("torch_dtype")) == "float32":  # it is streamed as it is
+        sizes = Sizes(config, "float32")
+        return config, {s: sizes.tensors(s) for s in order(config.num_layers)}
+    return config, None
 
 
 def workload_of(config: ModelConfig, prompt_tokens: int | None, context: int | None) -> Workload:
@@ -275,6 +282,19 @@ def analysis_to_dict(
     }  # fmt: skip
 
 
+def plan_to_dict(machine: Machine, source: str, found: Sequence[Forecast]) -> dict[str, object]:
+    """What :func:`plan_for` shows, for JSON: the machine that is planned for, whose figures it has, and forecasts."""
+    return {
+        "machine": {
+            "figures": source, "ssd_bytes_per_s": machine.links.ssd, "h2d_bytes_per_s": machine.links.h2d,
+            "compute_s": {phase: dict(times) for phase, times in machine.compute_s.items()},
+            "gpu_bytes": machine.gpu, "dram_bytes": machine.dram,
+            "prompt_tokens": machine.work.tokens, "context": machine.work.context,
+        },
+        "forecasts": to_dict(found),
+    }  # fmt: skip
+
+
 def to_dict(found: Sequence[Forecast]) -> list[dict[str, object]]:
     """The forecasts for JSON: tiers, bytes and seconds."""
     return [
@@ -283,6 +303,7 @@ def to_dict(found: Sequence[Forecast]) -> list[dict[str, object]]:
             "tiers": {sublayer.key: tier for sublayer, tier in item.plan.tiers.items()},
             "gpu_bytes": item.plan.gpu_bytes,
             "dram_bytes": item.plan.dram_bytes,
+            "off_device_bytes": item.off_device_bytes,
             "prefetch": item.plan.prefetch,
             "passes": {
                 phase: {

@@ -104,7 +104,7 @@ def test_a_blank_prompt_and_a_folder_for_a_file_are_refused(model: Path, here: H
 def test_plan_writes_json_to_stdout(model: Path, here: Here) -> None:
     code, out, err = here("plan", model, "--json", "-")
     assert code == 0 and "decode" in err
-    assert next(item["name"] for item in json.loads(out)) == "as it is"
+    assert next(item["name"] for item in json.loads(out)["forecasts"]) == "as it is"
 
 
 def test_raw_leaves_out_the_chat_template(model: Path, here: Here) -> None:
@@ -319,7 +319,15 @@ def test_plan_needs_only_a_config(tmp_path: Path, here: Here) -> None:
     assert code == 0, err
     assert "bound by SSD" in out and "FFN in int4" in out
     assert "one token guessed right in each pass is 2× faster" in " ".join(out.split())
-    first = json.loads((tmp_path / "plan.json").read_text())[0]
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["machine"]["figures"].startswith("a typical machine") and found["machine"]["dram_bytes"] == 64 << 30
+    first = found["forecasts"][0]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    code, out, err = here("plan", tmp_path, "--gpu", "20GiB", "--dram", "64GiB", "--json", "-")
+    assert code == 0, err
+    wide = json.loads(out)["forecasts"][0]["passes"]["decode"]["ssd_s"]
+    assert wide > 2 * first["passes"]["decode"]["ssd_s"], "weights are streamed in the dtype that they have"
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert first["gpu_bytes"] <= 16 << 30 and first["dram_bytes"] <= 64 << 30
     decode = first["passes"]["decode"]
     assert decode["seconds"] >= decode["bound_s"] * 0.999 > 5
@@ -422,14 +430,17 @@ def test_plan_takes_a_packed_store_as_it_is(tiny_model: Model, tmp_path: Path, h
     assert here("pack", source, target, "--ffn", "int8", "--mha", "int8")[0] == 0
     code, out, err = here("plan", target, "--gpu", "0", "--dram", "0", "--json", "-")
     assert code == 0, err
-    now = json.loads(out)[0]
+    now = json.loads(out)["forecasts"][0]
     half = Sizes(ModelConfig.from_folder(source), "bfloat16")
-    names = [row["name"] for row in json.loads(out)]
+    names = [row["name"] for row in json.loads(out)["forecasts"]]
     assert "all in int4" in names and "all in int8" not in names  # only what makes it smaller
     nbytes = sum(records.nbytes for records in Store.open(target).sublayers.values())
     assert nbytes < 0.6 * sum(half.weights(s) for s in order(3))
     code, out, err = here("plan", source, "--gpu", "0", "--dram", "0", "--json", "-")
-    assert code == 0 and now["passes"]["decode"]["ssd_s"] < 0.6 * json.loads(out)[0]["passes"]["decode"]["ssd_s"]
+    assert (
+        code == 0
+        and now["passes"]["decode"]["ssd_s"] < 0.6 * json.loads(out)["forecasts"][0]["passes"]["decode"]["ssd_s"]
+    )
 
 
 def test_tokens_are_drawn_as_asked(model: Path, here: Here) -> None:

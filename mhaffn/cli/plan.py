@@ -70,7 +70,7 @@ def plan(
         formats = Formats.parse(mha, ffn)
         formats.check(config)
         found, shown = planning.plan_for(config, machine, source, formats or None, stored)
-        values = planning.to_dict(found)
+        values = planning.plan_to_dict(machine, source, found)
     elif measured is not None and model is None:
         others = {
             "profile": profile, "gpu": gpu, "dram": dram, "ssd": ssd, "h2d": h2d, "hbm": hbm, "tflops": tflops,
@@ -83,6 +83,8 @@ def plan(
         layers, steps = analyse(figures), outlook(figures)
         shown = planning.analysis(figures, layers, steps)
         values = planning.analysis_to_dict(figures, layers, steps)
+    elif measured is not None:
+        raise ConfigError(f"got {model} beside --measured, whose file has the model's widths too: give one of them")
     else:
         raise ConfigError("give a MODEL, or --measured FILE")
     results(json_file).print(shown)
