@@ -34,7 +34,8 @@ SIMULATED_SUBLAYERS = 8000
 LOADING_BYTES = 128 << 20
 LOADING_BYTES_MIN = 8 << 20
 """Host memory that what stays on a device of its own memory is loaded through: at most, and at least."""
-LIBRARY_BYTES = 512 << 20
+LIBRARY_BYTES, HOST_LIBRARY_BYTES = 512 << 20, 40 << 20
+"""What PyTorch and its libraries hold besides, on a GPU, and on a CPU that computes."""
 
 
 def _huge_pages(nbytes: int) -> int:
@@ -134,7 +135,7 @@ def make_plan(
         _check_placed(tiers, config)
     work = work or Workload()
     sizes = Sizes(config, dtype, formats or Formats(), stored or {})
-    beside = LIBRARY_BYTES if copies else 0
+    beside = LIBRARY_BYTES if copies else HOST_LIBRARY_BYTES
     if dtype == "float32" or not copies:  # our kernels are for 16 bits on a GPU
         beside += sizes.masks(work)
     memory = _Memory(

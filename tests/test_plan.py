@@ -18,7 +18,18 @@ from hypothesis import strategies as st
 from mhaffn.config import KINDS, ModelConfig, Sublayer, order
 from mhaffn.errors import BudgetError, ConfigError
 from mhaffn.formats import Formats
-from mhaffn.plan import LIBRARY_BYTES, SHORT_PREFETCH_GAIN, STAGING_BYTES, TIERS, TYPICAL, Plan, Speeds, Tier, make_plan
+from mhaffn.plan import (
+    HOST_LIBRARY_BYTES,
+    LIBRARY_BYTES,
+    SHORT_PREFETCH_GAIN,
+    STAGING_BYTES,
+    TIERS,
+    TYPICAL,
+    Plan,
+    Speeds,
+    Tier,
+    make_plan,
+)
 from mhaffn.simulate import Links, Work, predict
 from mhaffn.sizes import CHUNK_TOKENS, PAGE, Sizes, Workload
 
@@ -176,7 +187,7 @@ def test_what_stays_on_ssd_is_spread_over_the_pass(layers: int, share: float) ->
     config = model(layers=layers, hidden=512, ffn=683)  # sublayers of 2 MiB, the grain of host memory
     sizes = images(config)
     assert max(sizes.values()) <= 1.2 * min(sizes.values()), "nearly equal, so that counts measure the spread"
-    ring = 3 * max(sizes.values()) + Sizes(config, "bfloat16").fixed(WORK)
+    ring = 3 * max(sizes.values()) + Sizes(config, "bfloat16").fixed(WORK) + HOST_LIBRARY_BYTES
     plan = make_plan(
         config, "bfloat16", dram=int(sum(sizes.values()) * share) + ring, copies=False, work=WORK, prefetch=1
     )
