@@ -92,12 +92,14 @@ def evaluate(
     context: int | None = None,
     options: Options | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Perplexity of ``model`` on the text file ``text`` and, with a ``reference``, how far it is from that model.
 
     ``context`` is the tokens of a window: 2048, or what the models know, if less. ``options`` holds for each of the
-    models; budgets of "auto" are shared by both. ``progress`` gets tokens done and in all. Ctrl-C returns what was
-    found until then, once a window is done; earlier it goes on as KeyboardInterrupt.
+    models; budgets of "auto" are shared by both. ``progress`` gets tokens done and in all, ``say`` where the weights of
+    each model are. Ctrl-C returns what was found until then, once a window is done; earlier it goes on as
+    KeyboardInterrupt.
 
     Raises :class:`ConfigError` for a text that cannot be read or is shorter than two tokens, models whose tokens
     differ, and logits that are not numbers; else what :func:`mhaffn.load` raises.
@@ -116,7 +118,10 @@ def evaluate(
     options = replace(_shared(options or Options(), len(folders)), context=context, tokens=min(context, len(ids)))
     try:
         with ExitStack() as stack, torch.inference_mode():
-            models = [stack.enter_context(load(folder, **asdict(options))) for folder in folders]
+            models = []
+            for folder in folders:
+                models.append(stack.enter_context(load(folder, **asdict(options))))
+                say(f"{folder.name}: {models[-1].runner.plan.describe()}")
             for window in windows:
                 progress(sums.tokens, total)
                 _add(sums, models, window)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mhaffn.config import KINDS, Kind, ModelConfig, Sublayer, order, parse_bytes
 from mhaffn.errors import ConfigError, StoreError
-from mhaffn.files import read_json_object
+from mhaffn.files import read_json_object, shown
 from mhaffn.forecast import PHASES, Forecast, Machine, Stored, changes
 from mhaffn.formats import Formats
 from mhaffn.measured import Layer, Measured, steps
@@ -44,7 +44,7 @@ class Hardware:
     ) -> Hardware:
         """Of sizes and speeds as people write them, ``16GiB`` and ``5GB``; raises :class:`ConfigError`."""
         written = (("ssd", ssd), ("h2d", h2d), ("hbm", hbm))
-        speeds = {name: float(parse_bytes(text)) for name, text in written if text is not None}
+        speeds = {name: float(_speed(name, text)) for name, text in written if text is not None}
         for name, speed in speeds.items():
             if speed < SPEED_MIN:
                 raise ConfigError(
@@ -56,6 +56,15 @@ class Hardware:
             flops=None if tflops is None else tflops * 1e12,
             **speeds,
         )
+
+
+def _speed(name: str, text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ConfigError:
+        raise ConfigError(
+            f"got --{name} {shown(text)}, expected a speed in bytes a second with its unit, as in 5GB"
+        ) from None
 
 
 OPTIONS = {"flops": "tflops"}

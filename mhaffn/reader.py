@@ -301,7 +301,14 @@ def _file_to_measure(path: Path) -> Iterator[Path]:
     size = min(DISK_FILE_BYTES, free // 2) // DISK_ARENA_BYTES * DISK_ARENA_BYTES
     if size == 0:
         raise ReadError(f"{path}: too little free space to measure, need {2 * DISK_ARENA_BYTES} bytes", path=str(path))
-    with stoppable(), tempfile.NamedTemporaryFile(dir=path, prefix=".mhaffn-disk-") as file:
+    try:
+        file = tempfile.NamedTemporaryFile(dir=path, prefix=".mhaffn-disk-")  # noqa: SIM115 – closed below
+    except OSError as error:
+        raise ReadError(
+            f"{path} cannot be written ({error.strerror}); give a folder that can, or a large file to read",
+            op="open", path=str(path), errno=error.errno or 0,
+        ) from error  # fmt: skip
+    with stoppable(), file:
         block = os.urandom(16 << 20)
         for _ in range(size // len(block)):
             file.write(block)

@@ -106,6 +106,8 @@ def generate(
         )
     guesses = sampling.lookup or 0  # come on top, in the pass of the prompt and in the last one too
     known = config.max_position_embeddings
+    if options.context is not None and options.context > known:
+        raise ConfigError(f"got --context {options.context}, expected at most {known}, the positions this model knows")
     limit = min(options.context or known, known - guesses)
     if ids.shape[1] >= limit:
         room = f"--context {options.context}" if options.context else f"the {known} positions that the model knows"

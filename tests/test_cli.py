@@ -134,6 +134,9 @@ def test_prompt_from_stdin_and_sampling_with_a_seed(model: Path, here: Here, mon
         (["MODEL", "--trace", "/no/such/folder/trace.json"], "/no/such/folder is no folder"),
         (["MODEL", "--timeline", "/no/such/folder/pass.png"], "/no/such/folder is no folder"),
         (["MODEL", "--trace", "-"], "standard output is taken"),
+        (["MODEL", "--timeline", "pass.jpg"], r"ends in \.png"),
+        (["MODEL", "--context", "100000"], "context 100000, expected at most"),
+        (["MODEL", "--system", "caf\udce9"], "not UTF-8"),
     ],
 )
 def test_a_mistake_gets_one_paragraph_and_exit_2(arguments: list[str], message: str, model: Path, here: Here) -> None:
@@ -338,7 +341,10 @@ def test_plan_needs_only_a_config(tmp_path: Path, here: Here) -> None:
         assert code == 2 and "context of 131073, expected at most 131072" in err
     code, out, _ = here("plan", tmp_path, "--dram", "200GiB", "--ffn", "int4", "--mha", "int4", "--hbm", "10GB")
     assert code == 0 and "decode: bound by compute" in out and "guessed" not in out
-    for speed, told in (("5", "got --ssd of 5 bytes a second, expected a speed with its unit"), ("", "as a size")):
+    for speed, told in (
+        ("5", "got --ssd of 5 bytes a second, expected a speed with its unit"),
+        ("", "got --ssd '', expected a speed"),
+    ):
         code, _, err = here("plan", tmp_path, "--ssd", speed)  # as of a variable that was never set
         assert code == 2 and told in err
     code, _, err = here("plan")

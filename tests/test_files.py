@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhaffn.errors import ConfigError
-from mhaffn.files import JSON_BYTES_MAX, open_regular, parse_json, read_json_object, shown
+from mhaffn.files import JSON_BYTES_MAX, open_regular, parse_json, read_json_object, shown, stoppable, undisturbed
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -105,3 +106,17 @@ def test_what_is_shown_is_short_and_escaped() -> None:
     ):
         assert len(shown(value)) < 1200
         assert shown(value).isprintable()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_asks_to_stop_comes_by_what_tidies_up(number: signal.Signals) -> None:
+    before, tidied = signal.getsignal(number), []
+    with pytest.raises(SystemExit) as stopped, stoppable():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            with undisturbed():
+                os.kill(os.getpid(), number)
+                tidied.append(number)
+    assert stopped.value.code == 128 + number and tidied == [number]
+    assert signal.getsignal(number) is before

@@ -40,7 +40,10 @@ def check_room(folder: Path, nbytes: int) -> int:
 def scratch(folder: Path) -> Iterator[Path]:
     """A new folder in ``folder``, removed at the end: after errors, Ctrl-C, and signals that ask to stop."""
     with stoppable():
-        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+        try:
+            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be written ({error.strerror}). Give another with --folder.") from error
         try:
             yield path
         finally:

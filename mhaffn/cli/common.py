@@ -35,6 +35,13 @@ def writable_or_stdout(path: Path | None) -> Path | None:
     return path if path == Path("-") else writable(path)
 
 
+def writable_png(path: Path | None) -> Path | None:
+    """The same, of a figure."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise ConfigError(f"got {path} for a figure, expected a name that ends in .png")
+    return writable(path)
+
+
 ModelArgument = Annotated[
     str, typer.Argument(help="A Hugging Face folder, a packed store, or a hub id (org/name) in the local cache.")
 ]

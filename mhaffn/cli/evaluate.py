@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 
 from mhaffn.cli.common import (
@@ -55,6 +56,7 @@ def evaluate(
             context=context,
             options=Options(gpu=gpu, dram=dram, device=device),
             progress=lambda done, total: bar.update(task, description="evaluating", completed=done, total=total),
+            say=lambda text: bar.console.print(escape(text), highlight=False, soft_wrap=True),
         )
     results(json_file).print(found.summary(), highlight=False, soft_wrap=True)
     write_json(found.to_dict(), json_file)

@@ -17,6 +17,7 @@ from mhaffn.cli.common import (
     ModelArgument,
     console,
     writable,
+    writable_png,
 )
 from mhaffn.errors import ConfigError
 
@@ -59,7 +60,8 @@ def run(
         Path | None, typer.Option(callback=writable, help="Write a Chrome/Perfetto trace to this file.")
     ] = None,
     timeline: Annotated[
-        Path | None, typer.Option(callback=writable, help="Draw one pass, serial beside streamed, in this PNG file.")
+        Path | None,
+        typer.Option(callback=writable_png, help="Draw one pass, serial beside streamed, as a .png file."),
     ] = None,
 ) -> None:
     """Generate text; the answer goes to standard output, all else to standard error.
