@@ -28,7 +28,8 @@ THREADS = 4
 class Checksum:
     """That of the bytes which ``request`` reads into ``slot``, ``chunks`` of them in turn.
 
-    ``outcome`` is the checksum (XXH3-64, hex), once made, or why there is none; ``cpu_s`` the CPU time that it took.
+    ``outcome`` is the checksum (XXH3-64, hex), once made, or why there is none; ``cpu_s`` the CPU time that it took,
+    ``end_s`` when that was.
     """
 
     request: Request
@@ -36,6 +37,7 @@ class Checksum:
     chunks: Iterable[Segment]
     outcome: str | BaseException | None = None
     cpu_s: float = 0.0
+    end_s: float = 0.0
 
 
 class Checksums:
@@ -73,7 +75,8 @@ class Checksums:
             except BaseException as error:
                 outcome = error
             with self._changed:
-                checksum.outcome, checksum.cpu_s = outcome, time.thread_time() - started_s
+                checksum.cpu_s, checksum.end_s = time.thread_time() - started_s, time.perf_counter()
+                checksum.outcome = outcome
                 self._changed.notify_all()
 
     def _make(self, checksum: Checksum) -> str:

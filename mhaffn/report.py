@@ -13,9 +13,10 @@ from rich.text import Text
 from mhaffn.config import KINDS, Kind, Sublayer, format_bytes
 from mhaffn.reader import ReaderInfo
 from mhaffn.simulate import Prediction
-from mhaffn.trace import Lane, PassSpan, Phase, Span, Trace
+from mhaffn.trace import Check, Lane, PassSpan, Phase, Span, Trace
 
 LANE_NAMES: dict[Lane, str] = {"ssd": "SSD → host", "h2d": "host → device", "mha": "compute", "ffn": "compute"}
+CHECKSUMS = "checksums"
 NEITHER_LINK = "neither link"
 COPIES_IN_STEP = 2
 """Copies left when a read ends, at most, where copies keep up with it: each starts when its chunk has come."""
@@ -133,7 +134,7 @@ def make_report(
         links=alone or (_lane_seconds(predicted) if predicted else busy),
         links_measured_alone=alone is not None,
         busy=busy,
-        waits=waits(passes, spans),
+        waits=waits(passes, spans, trace.checks_of(passes)),
         predicted=predicted,
         checks=_checks(trace, passes),
     )
@@ -163,27 +164,34 @@ def _busy(passes: Sequence[PassSpan], spans: Sequence[Span]) -> dict[str, float]
     return links
 
 
-def waits(passes: Sequence[PassSpan], spans: Sequence[Span]) -> dict[str, float]:
-    """Seconds a pass that compute waited, by the link it waited for.
+def waits(passes: Sequence[PassSpan], spans: Sequence[Span], checks: Sequence[Check] = ()) -> dict[str, float]:
+    """Seconds a pass that compute waited, by what it waited for.
 
     Where compute stands still, it is the next sublayer that it waits for, since all before have been there.
     Until that one's read ends, it waits for the SSD; from then until its copy ends, for the copy. Where
     copies were at work all along and are far behind when the read ends, the copy was the slower of the two.
-    What is left is neither: launches, and the work between passes.
+    What then comes until its checksum is made is put down to that; what is left to nothing: launches, and the work
+    between passes.
     """
     links: dict[str, float] = {}
     moves: dict[tuple[int, Sublayer], list[Span]] = {}
     for span in spans:
         moves.setdefault((span.number, span.sublayer), []).append(span)
     computes = sorted((span for span in spans if span.lane in KINDS), key=lambda span: (span.number, span.start_s))
+    checked_s = {(check.number, check.sublayer): check.end_s for check in checks}
     starts_s = {run.number: run.start_s for run in passes}
     idle_s = float("-inf")
     for number, of_pass in groupby(computes, key=lambda span: span.number):
         idle_s = max(idle_s, starts_s[number])
         for compute in of_pass:
-            read_s, copied_s = _arrival(moves[number, compute.sublayer])
-            for link, until_s in ((LANE_NAMES["ssd"], read_s), (LANE_NAMES["h2d"], copied_s), (NEITHER_LINK, None)):
-                until_s = compute.start_s if until_s is None else min(until_s, compute.start_s)
+            key = number, compute.sublayer
+            read_s, copied_s = _arrival(moves[key])
+            causes = {
+                LANE_NAMES["ssd"]: read_s, LANE_NAMES["h2d"]: copied_s, CHECKSUMS: checked_s.get(key, copied_s),
+                NEITHER_LINK: compute.start_s,
+            }  # fmt: skip
+            for link, until_s in causes.items():
+                until_s = min(until_s, compute.start_s)
                 if until_s > idle_s:
                     links[link] = links.get(link, 0.0) + (until_s - idle_s) / len(passes)
                     idle_s = until_s

@@ -30,11 +30,11 @@ from mhaffn.image import Image, Segment, Weights
 from mhaffn.plan import Plan
 from mhaffn.ring import ByteRing
 from mhaffn.simulate import CHUNK_BYTES
+from mhaffn.trace import Check, Trace
 
 if TYPE_CHECKING:
     from mhaffn.memory import Residents
     from mhaffn.reader import PinnedArena, Reader, Request, Slot
-    from mhaffn.trace import Trace
 
 STOP_S = 30.0
 
@@ -361,7 +361,8 @@ class Stream:
         self._trace.add("ssd", read.sublayer, self._moving_pass, request.started_s, request.finished_s, nbytes)
         if read.checksum is not None:
             image.check(self._digest_of(read.checksum))
-            self._trace.add_check(self._moving_pass, nbytes, read.checksum.cpu_s)
+            made = read.checksum
+            self._trace.add_check(Check(read.sublayer, self._moving_pass, nbytes, made.cpu_s, made.end_s))
         if read.sublayer not in self._checked:
             image.check_scales(torch.frombuffer(read.slot, dtype=torch.uint8), request.placements)
             self._checked.add(read.sublayer)

@@ -45,11 +45,13 @@ class PassSpan:
 
 @dataclass(frozen=True)
 class Check:
-    """The checksum of ``nbytes`` that were read for pass ``number``, and the CPU time it took."""
+    """The checksum of ``nbytes`` of a sublayer read for pass ``number``: the CPU time it took, and when it was made."""
 
+    sublayer: Sublayer
     number: int
     nbytes: int
     cpu_s: float
+    end_s: float
 
 
 class Trace:
@@ -77,9 +79,9 @@ class Trace:
                 self._lost = max(self._lost, self.spans[0].number)
             self.spans.append(Span(lane, sublayer, number, start_s, end_s, nbytes))
 
-    def add_check(self, number: int, nbytes: int, cpu_s: float) -> None:
+    def add_check(self, check: Check) -> None:
         with self._lock:
-            self.checks.append(Check(number, nbytes, cpu_s))
+            self.checks.append(check)
 
     @contextmanager
     def one_pass(self, phase: Phase, tokens: int) -> Iterator[None]:

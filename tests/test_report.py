@@ -13,7 +13,7 @@ from rich.console import Console
 from mhaffn.config import Sublayer
 from mhaffn.report import NEITHER_LINK, Report, make_report, render
 from mhaffn.simulate import Prediction
-from mhaffn.trace import LANES, PassSpan, Trace
+from mhaffn.trace import LANES, Check, PassSpan, Trace
 
 MHA, FFN = Sublayer(0, "mha"), Sublayer(0, "ffn")
 SSD, COPY = "SSD → host", "host → device"
@@ -129,7 +129,7 @@ def test_the_cpu_time_of_checksums_is_told_apart_where_there_are_any() -> None:
     trace = Trace()
     for number in (1, 2, 3):  # the third is fetched ahead, for a pass that does not come
         trace.add("ssd", MHA, number, number - 1.0, number - 0.5, 3_000_000_000)
-        trace.add_check(number, 3_000_000_000, 0.375)
+        trace.add_check(Check(MHA, number, 3_000_000_000, 0.375, number - 0.4))
     report = report_of(trace, (0.0, 1.0), (1.0, 2.0))
     assert report.checks is not None and (report.checks.nbytes, report.checks.cpu_s) == (3e9, 0.375)
     assert "checksums 375.0 ms of CPU a pass, 8.0 GB/s a core\n" in shown(report)
@@ -139,6 +139,14 @@ def test_the_cpu_time_of_checksums_is_told_apart_where_there_are_any() -> None:
     trace.add("ssd", MHA, 1, 0.0, 0.5, 10)
     unchecked = report_of(trace, (0.0, 1.0))
     assert unchecked.checks is None and unchecked.to_dict()["checks"] is None and "checksums" not in shown(unchecked)
+
+
+def test_what_a_checksum_holds_back_is_put_down_to_it() -> None:
+    trace = Trace()
+    trace.add("ssd", MHA, 1, 0.0, 0.5, 10)
+    trace.add_check(Check(MHA, 1, 10, 0.4, 0.75))
+    trace.add("mha", MHA, 1, 0.875, 1.0)
+    assert report_of(trace, (0.0, 1.0)).waits == {SSD: 0.5, "checksums": 0.25, "neither link": 0.125}
 
 
 def test_json_has_every_figure() -> None:
