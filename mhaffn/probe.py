@@ -61,6 +61,12 @@ def measure(folder: Path, config: ModelConfig, tokens: Sequence[int], say: Say) 
         say(f"computing {kind.upper()} on {count} token{'s' if count > 1 else ''} on the {device.type.upper()}")
         seconds = _compute_s(kind, config, count, max(tokens), device)
         compute.append(Compute(kind, Widths.of(config), count, seconds))
+    for few, many in itertools.combinations(compute, 2):
+        if few.kind == many.kind and few.seconds > many.seconds:
+            say(
+                f"{few.kind.upper()} took longer on {few.tokens} than on {many.tokens} tokens, so other programs ran "
+                f"beside this one: measure again when the machine is quiet"
+            )
     return Profile(ssd, h2d, gpu_bytes, dram_bytes, direct, tuple(compute), describe())
 
 

@@ -176,3 +176,14 @@ def test_weights_are_made_before_compute_is_timed(kind: Kind, monkeypatch: pytes
     config = ModelConfig("LlamaForCausalLM", 1, 64, 128, 4, 2, 16, 100, 1e-5, 512, False)
     assert _compute_s(kind, config, 1, 16, torch.device("cpu")) == 1.0
     assert len(made) > 8, "several sets, that no cache holds together"
+
+
+def test_times_that_contradict_each_other_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig("LlamaForCausalLM", 1, 64, 128, 4, 2, 16, 100, 1e-5, 512, False)
+    monkeypatch.setattr("mhaffn.probe._ssd_speed", lambda folder, say: (1e9, True))
+    for mha_s, told in (({1: 3.0, 8: 2.0}, True), ({1: 1.0, 8: 2.0}, False)):
+        said: list[str] = []
+        times = {"mha": mha_s, "ffn": {1: 1.0, 8: 1.0}}
+        monkeypatch.setattr("mhaffn.probe._compute_s", lambda kind, _, n, *more, times=times: times[kind][n])
+        measure(tmp_path, config, [8], said.append)
+        assert any("MHA took longer on 1 than on 8 tokens" in text for text in said) == told

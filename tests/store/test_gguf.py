@@ -409,6 +409,30 @@ def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def whole_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write_gguf(path, num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+    return path.read_bytes()
+
+
+@given(flips=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_a_damaged_file(flips: list[tuple[float, int]], whole_gguf: bytes, tmp_path_factory: Any) -> None:
+    """A store that opens, or a typed error that names the file, wherever the damage is."""
+    folder = tmp_path_factory.mktemp("gguf")
+    content = bytearray(whole_gguf)
+    for place, value in flips:
+        content[int(place * len(content))] = value
+    (folder / "model.gguf").write_bytes(content)
+    try:
+        store = pack(folder / "model.gguf", folder / "packed")
+    except MhaffnError as error:
+        assert str(folder) in str(error)
+    else:
+        assert len(store.sublayers) == 2
+
+
 @given(flips=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=3))
 @settings(max_examples=40, deadline=None)
 def test_a_damaged_header(flips: list[tuple[int, int]], small_gguf: bytes, tmp_path_factory: Any) -> None:
