@@ -56,27 +56,30 @@ def held(placement: Placement, files: list[PackedFile]) -> Iterator[dict[Path, B
     Those that are not claimed then are given back. Raises :class:`StoreError` where another pack has one of them, or it
     has no room.
     """
-    new = {folder for folder in placement.folders if not folder.exists()}
-    for folder in placement.folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    _check_space(files)
     with ExitStack() as locks, ExitStack() as undo:
+        for folder in placement.folders:
+            if not folder.exists():
+                undo.callback(_remove_empty, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        _check_space(files)
         states = {}
         for folder in placement.folders:
             states[folder] = locks.enter_context(_locked(folder))
-            undo.callback(_give_back, folder, states[folder], folder in new)
+            undo.callback(_give_back, folder, states[folder])
         yield states
         undo.pop_all()
 
 
-def _give_back(folder: Path, state: BinaryIO, new: bool) -> None:
-    """Leaves ``folder`` as it was, unless something was claimed, or packed, there."""
+def _give_back(folder: Path, state: BinaryIO) -> None:
+    """Removes the state file of ``folder`` if nothing was claimed there."""
     found = os.fstat(state.fileno())
     if found.st_size == 0 and found.st_nlink:  # else another pack may have made one of the same name by now
         (folder / manifest.UNFINISHED_NAME).unlink()
-    if new:
-        with suppress(OSError):  # not empty
-            folder.rmdir()
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def claim(

@@ -138,7 +138,7 @@ def test_a_placed_folder_may_hold_other_things_but_nothing_in_the_way(source: Pa
     with pytest.raises(StoreError, match="is in the way"):
         pack(source, tmp_path / "second", stripe=[disk, tmp_path / "b"])
     assert hashes(disk) == before
-    assert not names(tmp_path / "second"), "a refused pack leaves nothing behind"
+    assert not (tmp_path / "second").exists(), "a refused pack leaves nothing behind"
     pack(source, tmp_path / "second", ffn_dir=disk)
     assert Store.open(tmp_path / "first").packed and Store.open(tmp_path / "second").packed
 
@@ -207,7 +207,7 @@ def test_a_disk_that_is_gone_when_a_pack_goes_on(source: Path, tmp_path: Path) -
     (tmp_path / "disk").rename(tmp_path / "unmounted")
     with pytest.raises(StoreError, match=r"layer-000-mha.safetensors is gone.*Mount its disk again"):
         pack(source, tmp_path / "store", mha_dir=tmp_path / "disk")
-    (tmp_path / "disk").rmdir()
+    assert not (tmp_path / "disk").exists()
     (tmp_path / "unmounted").rename(tmp_path / "disk")
     assert pack(source, tmp_path / "store", mha_dir=tmp_path / "disk").packed
 
@@ -280,7 +280,7 @@ def test_room_is_asked_for_on_each_device(source: Path, tmp_path: Path, monkeypa
     stripe = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
     with pytest.raises(StoreError, match=rf"{stripe[1]}, {stripe[2]}: got 64.00 MiB free, expected 64\.\d+ MiB"):
         pack(source, tmp_path / "store", stripe=stripe)
-    assert not any(names(folder) for folder in (*stripe, tmp_path / "store"))
+    assert not any(folder.exists() for folder in (*stripe, tmp_path / "store"))
     free |= {"b": 65 << 20, "c": 65 << 20}
     assert pack(source, tmp_path / "store", stripe=stripe).packed
 
