@@ -10,16 +10,18 @@ import os
 import reprlib
 import signal
 import stat
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from mhaffn.errors import MhaffnError
+from mhaffn.errors import MhaffnError, ReadError
 
 JSON_BYTES_MAX = 64 << 20
+TRIAL_BLOCK_BYTES = 16 << 20
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxstring, _short.maxother = 2, 4, 8, 120, 120
@@ -101,6 +103,31 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         raise ValueError("a key stands twice in one object")
     return values
+
+
+@contextmanager
+def trial_file(
+    folder: Path, prefix: str, nbytes: int, announced: Callable[[Path], None] = lambda path: None
+) -> Iterator[Path]:
+    """A file of ``nbytes`` of noise in ``folder``, durable, and gone at the end; ``announced`` before it is written.
+
+    Raises :class:`ReadError` where the folder cannot be written.
+    """
+    try:
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=prefix)  # noqa: SIM115 – closed below
+    except OSError as error:
+        raise ReadError(
+            f"{folder} cannot be written ({error.strerror}); give a folder that can, or one that holds a model",
+            op="open", path=str(folder), errno=error.errno or 0,
+        ) from error  # fmt: skip
+    with stoppable(), file:
+        announced(Path(file.name))
+        block = os.urandom(min(TRIAL_BLOCK_BYTES, nbytes))
+        for start in range(0, nbytes, len(block)):
+            file.write(block[: nbytes - start])
+        file.flush()
+        os.fsync(file.fileno())
+        yield Path(file.name)
 
 
 @contextmanager

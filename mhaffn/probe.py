@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from mhaffn import roofs
 from mhaffn.budget import free_dram, free_gpu
 from mhaffn.config import KINDS, Kind, ModelConfig, format_bytes
 from mhaffn.errors import ReadError
-from mhaffn.files import stoppable
+from mhaffn.files import trial_file
 from mhaffn.image import Weights
 from mhaffn.inputs import FilledCache, context_of, hidden_states
 from mhaffn.machine import describe
@@ -116,22 +115,13 @@ def _files(folder: Path, say: Say) -> Iterator[list[Path]]:
             f"for a trial file; free some, or give a folder that holds a model",
             path=str(folder),
         )
-    try:
-        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".mhaffn-measure-")  # noqa: SIM115 – closed below
-    except OSError as error:
-        raise ReadError(
-            f"{folder} cannot be written ({error.strerror}); give a folder that can, or one that holds a model",
-            op="open", path=str(folder), errno=error.errno or 0,
-        ) from error  # fmt: skip
-    with stoppable(), file:
-        say(f"writing {format_bytes(size)} to {file.name}, to be read and removed again")
-        block = os.urandom(PIECE_BYTES)
-        for _ in range(size // PIECE_BYTES):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
+
+    def announced(path: Path) -> None:
+        say(f"writing {format_bytes(size)} to {path}, to be read and removed again")
+
+    with trial_file(folder, ".mhaffn-measure-", size, announced) as file:
         say("reading it")
-        yield [Path(file.name)]
+        yield [file]
 
 
 def _h2d_speed(device: torch.device) -> float:

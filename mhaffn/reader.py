@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +28,7 @@ from typing import Any, Literal, get_args
 from mhaffn import _native
 from mhaffn._native import Request, Slot
 from mhaffn.errors import ConfigError, EngineUnavailableError, ReadError
-from mhaffn.files import stoppable
+from mhaffn.files import trial_file
 
 __all__ = [
     "ArenaInfo",
@@ -301,20 +300,8 @@ def _file_to_measure(path: Path) -> Iterator[Path]:
     size = min(DISK_FILE_BYTES, free // 2) // DISK_ARENA_BYTES * DISK_ARENA_BYTES
     if size == 0:
         raise ReadError(f"{path}: too little free space to measure, need {2 * DISK_ARENA_BYTES} bytes", path=str(path))
-    try:
-        file = tempfile.NamedTemporaryFile(dir=path, prefix=".mhaffn-disk-")  # noqa: SIM115 – closed below
-    except OSError as error:
-        raise ReadError(
-            f"{path} cannot be written ({error.strerror}); give a folder that can, or a large file to read",
-            op="open", path=str(path), errno=error.errno or 0,
-        ) from error  # fmt: skip
-    with stoppable(), file:
-        block = os.urandom(16 << 20)
-        for _ in range(size // len(block)):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        yield Path(file.name)
+    with trial_file(path, ".mhaffn-disk-", size) as file:
+        yield file
 
 
 def _measure_setting(
