@@ -351,14 +351,17 @@ class _Search:
 
     def cost(self, plan: Plan) -> tuple[float, float]:
         """The bound of its passes, and the seconds in which it moves what they need."""
-        links, streamed = self.speeds.links, {tier: sum(self.weights[s] for s in plan.streamed(tier)) for tier in TIERS}
-        ssd_s = streamed["ssd"] / links.ssd
-        h2d_s = (streamed["ssd"] + streamed["dram"]) / (links.h2d or math.inf)
-        layers = len(plan.tiers) // 2
+        ssd, off_gpu = (sum(self.weights[s] for s in plan.streamed(tier)) for tier in ("ssd", None))
+        return self.bound(ssd, off_gpu, plan.prefetch)
+
+    def bound(self, ssd: int, off_gpu: int, depth: int) -> tuple[float, float]:
+        """Seconds of the slowest link in the passes that count, and of the links that move so many bytes a pass."""
+        ssd_s, h2d_s = ssd / self.speeds.links.ssd, off_gpu / (self.speeds.links.h2d or math.inf)
+        layers = len(self.weights) // 2
         bound_s = sum(
             often * max(ssd_s, h2d_s, layers * sum(compute_s.values())) for often, compute_s in self.speeds.passes
         )
-        return bound_s * (SHORT_PREFETCH_GAIN if plan.prefetch == 1 else 1.0), ssd_s + h2d_s
+        return bound_s * (SHORT_PREFETCH_GAIN if depth == 1 else 1.0), ssd_s + h2d_s
 
     def orders(self, mix: Mix, depth: int) -> Iterator[Plan]:
         """Plans of these counts that memory holds: rings depend on the order too, where there are few sublayers."""
@@ -378,13 +381,10 @@ class _Search:
 
     def rank(self, mix: Mix, depth: int) -> tuple[float, float, int]:
         """What no plan of these counts is faster than, and what else to prefer: less to move, a usual distance."""
-        links = self.speeds.links
-        ssd_s = sum(count * n for count, n in zip(mix.ssd, self.least, strict=True)) / links.ssd
-        h2d_s = sum(count * n for count, n in zip(mix.off_gpu, self.least, strict=True)) / (links.h2d or math.inf)
-        bound_s = sum(
-            often * max(ssd_s, h2d_s, mix.layers * sum(compute_s.values())) for often, compute_s in self.speeds.passes
+        ssd, off_gpu = (
+            sum(count * n for count, n in zip(counts, self.least, strict=True)) for counts in (mix.ssd, mix.off_gpu)
         )
-        return bound_s * (SHORT_PREFETCH_GAIN if depth == 1 else 1.0), ssd_s + h2d_s, self.depths.index(depth)
+        return *self.bound(ssd, off_gpu, depth), self.depths.index(depth)
 
 
 @lru_cache(4096)
