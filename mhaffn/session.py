@@ -233,12 +233,15 @@ def encode(
     return ids
 
 
+NO_TEXT = "got a prompt of bytes that are not UTF-8, expected text in UTF-8"
+
+
 def check_text(text: str) -> None:
     """Raises :class:`ConfigError` where ``text`` came of bytes that are not UTF-8, which Python keeps as surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigError("got a prompt of bytes that are not UTF-8, expected text in UTF-8") from None
+        raise ConfigError(NO_TEXT) from None
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def run(
 
         mhaffn run HuggingFaceTB/SmolLM2-135M-Instruct -p "Once upon a time" --raw --dram 0
     """
-    from mhaffn.session import Options, Sampling, generate
+    from mhaffn.session import NO_TEXT, Options, Sampling, generate
     from mhaffn.timeline import check_available
 
     if timeline is not None:
@@ -82,7 +82,7 @@ def run(
     try:
         text = sys.stdin.read() if prompt in (None, "-") else prompt
     except UnicodeDecodeError:
-        raise ConfigError("got a prompt of bytes that are not UTF-8, expected text in UTF-8") from None
+        raise ConfigError(NO_TEXT) from None
     if not text or text.isspace():
         raise ConfigError("got an empty prompt; give one with -p, or pipe it in")
     options = Options(
