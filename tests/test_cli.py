@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,36 @@ def test_plan_writes_json_to_stdout(model: Path, here: Here) -> None:
     code, out, err = here("plan", model, "--json", "-")
     assert code == 0 and "decode" in err
     assert next(item["name"] for item in json.loads(out)["forecasts"]) == "as it is"
+
+
+def test_a_broken_profile_costs_the_prediction_alone(
+    model: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mhaffn").mkdir()
+    (tmp_path / "mhaffn" / "profile.json").write_text("{}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code, out, err = here("run", model, "-p", "w5", "--max-new-tokens", 2, "--trace", tmp_path / "trace.json")
+    assert code == 0 and out and "nothing predicted" in err and "decode:" in err
+    assert (tmp_path / "trace.json").exists()
+
+
+def test_a_tokenizer_of_another_model_is_told(model: Path, tmp_path: Path, here: Here) -> None:
+    shutil.copytree(model, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    config["model"]["vocab"]["w9"] = 5000
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(config))
+    code, _, err = here("run", tmp_path / "other", "-p", "w9")
+    assert code == 2 and "got token 5000" in err and "the tokenizer that belongs to it" in err
+
+
+def test_a_hub_id_is_packed(tiny_model: Model, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_model(), snapshot)
+    (tmp_path / "hub" / "models--org--name" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--name" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    code, _, err = here("pack", "org/name", tmp_path / "store")
+    assert code == 0 and Store.open(tmp_path / "store").packed, err
 
 
 def test_raw_leaves_out_the_chat_template(model: Path, here: Here) -> None:

@@ -181,6 +181,7 @@ def test_ctrl_c_ends_with_what_was_measured(
         assert ended.value.code == 130
         out, errors = capsys.readouterr()
         assert "Traceback" not in errors
+        assert "model: 6 sublayers" in " ".join(errors.split()), "where its weights are"
         assert ("interrupted" in errors) is bool(tokens)
         assert (f"over {tokens} of 295 tokens" in out) is bool(tokens)
     values = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))

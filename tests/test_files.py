@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhaffn.errors import ConfigError
-from mhaffn.files import JSON_BYTES_MAX, open_regular, parse_json, read_json_object, shown, stoppable, undisturbed
+from mhaffn.files import (
+    JSON_BYTES_MAX,
+    open_regular,
+    parse_json,
+    read_json_object,
+    shown,
+    stoppable,
+    trial_file,
+    undisturbed,
+)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -120,3 +129,11 @@ def test_a_signal_that_asks_to_stop_comes_by_what_tidies_up(number: signal.Signa
                 tidied.append(number)
     assert stopped.value.code == 128 + number and tidied == [number]
     assert signal.getsignal(number) is before
+
+
+def test_a_trial_file_has_its_size_and_goes_when_a_run_is_ended(tmp_path: Path) -> None:
+    told: list[Path] = []
+    with pytest.raises(SystemExit), trial_file(tmp_path, ".trial-", (16 << 20) + 5, told.append) as file:
+        assert told == [file] and file.stat().st_size == (16 << 20) + 5
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert not list(tmp_path.iterdir())
